@@ -1,0 +1,113 @@
+# coffer: encrypted volumes and secrets for containers.
+#
+# Variables: BUILD (directory, default build), CC, SAN (address,undefined or thread), WERROR (default -Werror).
+
+BUILD   ?= build
+CC      ?= gcc
+SAN     ?=
+WERROR  ?= -Werror
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+PKGS     := libsodium jansson fuse3 libmicrohttpd libcurl libseccomp
+CPPFLAGS := -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -DFUSE_USE_VERSION=314 -Iinclude -I. $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
+CFLAGS   ?= -O2 -g
+CFLAGS   += -std=gnu17 -Wall -Wextra $(WERROR) -fstack-protector-strong -fno-strict-aliasing -pthread
+LDFLAGS  += -pthread -Wl,-z,relro,-z,now
+LDLIBS   := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
+ifneq ($(SAN),)
+CFLAGS   += -fsanitize=$(SAN) -fno-omit-frame-pointer
+LDFLAGS  += -fsanitize=$(SAN)
+else
+CPPFLAGS += -D_FORTIFY_SOURCE=2
+endif
+
+PROGRAMS := coffer cofferd coffer-fs coffer-keyd
+MAIN_coffer      := fs/cli/coffer.c
+MAIN_cofferd     := fs/plugin/cofferd.c
+MAIN_coffer-fs   := fs/mount/coffer-fs.c
+MAIN_coffer-keyd := keystore/coffer-keyd.c
+MAINS := $(foreach p,$(PROGRAMS),$(MAIN_$(p)))
+
+obj = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))
+src = $(filter-out $(MAINS),$(wildcard $(1)/*.c))
+
+LIBS := base volume keystore mount plugin cli
+SRC_base     := $(call src,fs/base)
+SRC_volume   := $(call src,fs/volume)
+SRC_keystore := $(call src,keystore)
+SRC_mount    := $(call src,fs/mount)
+SRC_plugin   := $(call src,fs/plugin)
+SRC_cli      := $(call src,fs/cli)
+LIB_FILES := $(foreach l,$(LIBS),$(BUILD)/lib$(l).a)
+
+TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*.c))
+TEST_TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/crash/*.c tests/model/*.c tests/fs/*.c tests/attack/*.c tests/bench/*.c))
+FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+
+.PHONY: all help check tests fuzzers clean install format lint layers
+all: $(PROGRAMS:%=$(BUILD)/%) ## build the four programs into $(BUILD)/
+
+help: ## this text
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+tests: $(TESTS) $(TEST_TOOLS) ## build the unit tests and test tools
+fuzzers: $(FUZZERS) ## build the fuzz targets (clang)
+
+check: all tests ## build and run the unit tests
+	@set -e; for t in $(TESTS); do $$t; done
+
+define lib_rule
+$(BUILD)/lib$(1).a: $(call obj,$(SRC_$(1)))
+	@rm -f $$@
+	ar rcs $$@ $$^
+endef
+$(foreach l,$(LIBS),$(eval $(call lib_rule,$(l))))
+
+define program_rule
+$(BUILD)/$(1): $(call obj,$(MAIN_$(1))) $(2)
+	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $(call obj,$(MAIN_$(1))) $(2) $(3)
+endef
+L := $(BUILD)/lib
+$(eval $(call program_rule,coffer,$(L)cli.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium)))
+$(eval $(call program_rule,cofferd,$(L)plugin.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium libmicrohttpd libcurl)))
+$(eval $(call program_rule,coffer-fs,$(L)mount.a $(L)volume.a $(L)base.a,$$$$(pkg-config --libs fuse3 libsodium libseccomp)))
+$(eval $(call program_rule,coffer-keyd,$(L)keystore.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium libseccomp)))
+
+$(BUILD)/obj/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+ALL_LIBS := $(L)mount.a $(L)plugin.a $(L)cli.a $(L)keystore.a $(L)volume.a $(L)base.a
+$(BUILD)/tests/%: tests/unit/%.c $(ALL_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(ALL_LIBS) -lcmocka $(LDLIBS)
+
+$(BUILD)/tests/%: tests/%.c $(ALL_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a $(shell pkg-config --libs libsodium)
+
+# A fuzz target is compiled with the sources of the libraries it needs, so that all of it is instrumented.
+FUZZ_SRC := $(SRC_base) $(SRC_volume) $(SRC_keystore)
+$(BUILD)/fuzz/%: tests/fuzz/%.c $(FUZZ_SRC)
+	@mkdir -p $(@D)
+	clang $(CPPFLAGS) -O1 -g -std=gnu17 -pthread -fsanitize=fuzzer,address,undefined -o $@ $< $(FUZZ_SRC) $(shell pkg-config --libs jansson libsodium libseccomp)
+
+layers: ## check that includes run downwards only
+	scripts/check-layers
+
+format: ## reformat all C files
+	clang-format -i $$(git ls-files '*.c' '*.h')
+
+lint: ## cppcheck and clang-tidy
+	scripts/lint
+
+install: all ## install programs into $(DESTDIR)$(PREFIX)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/coffer
+	install -m 755 $(BUILD)/coffer $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(BUILD)/cofferd $(BUILD)/coffer-fs $(BUILD)/coffer-keyd $(DESTDIR)$(PREFIX)/libexec/coffer/
+
+clean: ## remove $(BUILD)/
+	rm -rf $(BUILD)
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
