@@ -1,0 +1,106 @@
+/*
+ * state.h - a mounted volume's state in memory, shared by the engine's own files only.
+ *
+ * Locks, in the order in which they may be taken:
+ *   inode stripe (inode_lock)  one file's content against concurrent readers and writers of it; data operations only
+ *   state lock (v->state)      the tree and everything marked [state]: shared to read, exclusive to change
+ *   v->space.mutex             the bitmaps [space]
+ *   v->log.mutex               sequences and flushes [log]
+ * Checkpoints are serialised by v->checkpoint_mutex, taken before the state lock.
+ * Ciphering and I/O of data happen without the state lock; log records are sealed and written after it is dropped.
+ *
+ * Once v->failed is set (a failed write or flush, or a change that could not be applied whole), nothing is written any more
+ * until the volume is reopened through recovery.
+ */
+#ifndef COFFER_STATE_H
+#define COFFER_STATE_H
+
+#include "coffer/volume.h"
+#include "fs/volume/tree.h"
+#include "fs/volume/vcrypt.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define INODE_STRIPES 256
+
+struct space; /* space.h */
+struct log;   /* log.h */
+struct refs;  /* refs.h */
+
+struct volume {
+    struct store *data, *logstore;
+    struct vkeys *keys;
+    struct volume_options options;
+    struct disk_super super; /* the newest durable one; fixed fields may be read without a lock */
+    uint32_t block;          /* bytes of a block */
+    uint32_t block_units;
+
+    pthread_rwlock_t state;
+    struct tree *tree;         /* [state] */
+    uint64_t generation;       /* [state] of the log segment in use */
+    uint64_t next_inode;       /* [state] */
+    _Atomic uint64_t next_extent;
+    uint64_t inodes;           /* [state] */
+    struct refs *refs;         /* own mutex, below the state lock */
+
+    struct space *space;
+    struct log *log;
+    pthread_rwlock_t stripes[INODE_STRIPES];
+    pthread_mutex_t checkpoint_mutex;
+
+    _Atomic bool failed;
+    bool read_only;
+
+    pthread_t thread;          /* background: checkpoints and the 5 s flush */
+    bool thread_running;
+    pthread_mutex_t thread_mutex;
+    pthread_cond_t thread_cond;
+    bool thread_stop, thread_kick;
+};
+
+/* Puts the volume into its error state and reports it once. Returns -EIO. */
+int volume_fail(struct volume *v, const char *what, int err);
+/* One line to on_damage. */
+void volume_damage(struct volume *v, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+
+static inline pthread_rwlock_t *inode_lock(struct volume *v, uint64_t ino)
+{
+    return &v->stripes[(ino * 0x9e3779b97f4a7c15ull) >> 56];
+}
+
+/* --- inodes as items (inode.c) --- */
+
+struct inode {
+    uint64_t ino;
+    uint32_t mode, uid, gid, nlink, rdev, flags;
+    uint64_t size, blocks; /* blocks of the volume's block size */
+    int64_t atime, mtime, ctime, btime;
+    uint64_t parent, generation, entries;
+    uint32_t xattrs;
+};
+
+void inode_encode(const struct inode *i, struct disk_inode *ret);
+/* Checks every field. -EUCLEAN. */
+int inode_decode(uint64_t ino, const uint8_t *value, size_t len, struct inode *ret);
+void inode_attr(const struct volume *v, const struct inode *i, struct vattr *ret);
+/* [state shared] -ENOENT, -EIO. */
+int inode_get(struct volume *v, uint64_t ino, struct inode *ret);
+
+/* --- references: FUSE's lookup counts (refs.c) --- */
+
+struct refs *refs_new(void);
+void refs_free(struct refs *r);
+void refs_add(struct refs *r, uint64_t ino, uint64_t n);
+/* Drops n; true when none is left. */
+bool refs_drop(struct refs *r, uint64_t ino, uint64_t n);
+bool refs_held(struct refs *r, uint64_t ino);
+
+/* --- data (file.c) --- */
+
+/* Frees all content of an inode that has no name and no reference, then the inode itself. Called without locks. */
+int file_destroy(struct volume *v, uint64_t ino);
+/* Finishes what a TRIM item says. Called without locks, or during recovery. */
+int file_finish_trim(struct volume *v, uint64_t ino);
+
+#endif
