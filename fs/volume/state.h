@@ -32,13 +32,15 @@ struct volume {
     struct store *data, *logstore;
     struct vkeys *keys;
     struct volume_options options;
-    struct disk_super super; /* the newest durable one; fixed fields may be read without a lock */
+    struct disk_super super; /* the newest durable one [checkpoint_mutex]; fixed fields may be read without a lock */
+    unsigned super_slot;     /* where it lies [checkpoint_mutex] */
     uint32_t block;          /* bytes of a block */
     uint32_t block_units;
 
     pthread_rwlock_t state;
     struct tree *tree;         /* [state] */
     uint64_t generation;       /* [state] of the log segment in use */
+    size_t dirty_max;          /* dirty nodes that force a checkpoint */
     uint64_t next_inode;       /* [state] */
     _Atomic uint64_t next_extent;
     uint64_t inodes;           /* [state] */
@@ -56,7 +58,7 @@ struct volume {
     bool thread_running;
     pthread_mutex_t thread_mutex;
     pthread_cond_t thread_cond;
-    bool thread_stop, thread_kick;
+    bool thread_stop, thread_pending, thread_kick; /* [thread_mutex] */
 };
 
 /* Puts the volume into its error state and reports it once. Returns -EIO. */
@@ -68,6 +70,9 @@ static inline pthread_rwlock_t *inode_lock(struct volume *v, uint64_t ino)
 {
     return &v->stripes[(ino * 0x9e3779b97f4a7c15ull) >> 56];
 }
+
+/* Drops clean nodes past the cache's size, if there are any. Called without locks after reads. */
+void volume_trim(struct volume *v);
 
 /* --- inodes as items (inode.c) --- */
 
@@ -100,6 +105,8 @@ bool refs_held(struct refs *r, uint64_t ino);
 
 /* Frees all content of an inode that has no name and no reference, then the inode itself. Called without locks. */
 int file_destroy(struct volume *v, uint64_t ino);
+/* Sets the size, mtime and ctime of a regular file. Called without locks. -EFBIG, -EISDIR, -EINVAL, -ENOSPC. */
+int file_set_size(struct volume *v, uint64_t ino, uint64_t size);
 /* Finishes what a TRIM item says. Called without locks, or during recovery. */
 int file_finish_trim(struct volume *v, uint64_t ino);
 

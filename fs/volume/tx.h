@@ -2,7 +2,7 @@
  * tx.h - a transaction: the changes of one operation, logged as one record and applied together.
  *
  *     struct tx tx;
- *     rc = tx_begin(v, &tx);              takes the state lock exclusively
+ *     rc = tx_begin(v, &tx, grows);       takes the state lock exclusively
  *     if (rc < 0) return rc;
  *     ... tx_get, tx_inode, tx_put, tx_del: reads see the transaction's own changes ...
  *     if (rc < 0) return tx_abort(&tx, rc);
@@ -33,11 +33,11 @@ struct tx {
 };
 
 /*
- * Waits for room in the log (a checkpoint may run), then takes the state lock exclusively. -EROFS, -EIO. need: bytes of
- * units that the operation may add to the tree and data beyond what it frees (0: deletes and truncates, which may use the
- * reserve). -ENOSPC.
+ * Waits for room in the log (a checkpoint may run), then takes the state lock exclusively. grows: the operation adds to the
+ * volume, so that it is refused when only the reserve (for checkpoints, deletes and truncates) is left. -EROFS, -EIO,
+ * -ENOSPC.
  */
-int tx_begin(struct volume *v, struct tx *tx);
+int tx_begin(struct volume *v, struct tx *tx, bool grows);
 
 /* Copies the item's value, pending changes included. Returns its length, -ENOENT, -EIO, -ERANGE when cap is too small. */
 ssize_t tx_get(struct tx *tx, const struct tree_key *key, void *buf, size_t cap);

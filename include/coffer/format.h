@@ -199,12 +199,14 @@ _Static_assert(sizeof(struct disk_chunk) == 17, "disk_chunk");
 #define SUPER_MAGIC  0x31726566666f6343ull /* "Coffer1" as bytes */
 #define SUPER_SLOTS  2
 #define SUPER_COPIES 2
-/* The unit of a copy: slot is generation mod 2. */
+/* The unit of a copy. A new superblock goes to the slot that does not hold the newest one. */
 #define SUPER_UNIT(slot, copy) ((uint64_t)(copy) * (REGION_UNITS / 2) + (slot))
 
 /* Incompatible features refuse to open, read-only-compatible ones allow reading, compatible ones are ignored. */
 #define FEATURES_INCOMPAT  0u
 #define FEATURES_RO_COMPAT 0u
+
+#define SUPER_CLEAN 1u /* closed: no log record follows */
 
 struct disk_super {
     le64 magic;
@@ -227,9 +229,9 @@ struct disk_super {
     le64 inodes;        /* INODE items */
     le64 log_segment;   /* bytes */
     le32 log_segments;  /* 2 */
-    le32 reserved;
+    le32 flags;         /* SUPER_* */
     le64 created;       /* ns */
-    uint8_t zero[3848];
+    uint8_t zero[3840];
 };
 _Static_assert(sizeof(struct disk_super) == UNIT_BYTES - NONCE_BYTES - MAC_BYTES, "disk_super");
 

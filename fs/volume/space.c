@@ -1,0 +1,519 @@
+/*
+ * space.c - see space.h. Owns the bitmaps and the two lists of released runs.
+ *
+ * Invariants, under the mutex:
+ *  1. free_units = number of units with neither bit set, over all regions; region->free is its share.
+ *  2. used + inflight + the released runs' units + free_units = regions * REGION_UNITS.
+ *  3. run_hint of a region is never below its longest free run.
+ *  4. a region whose used bits differ from its SPACE item has dirty set.
+ */
+#include "fs/volume/space.h"
+
+#include <stdlib.h>
+
+struct region {
+    uint64_t *used;
+    uint64_t *busy;
+    uint32_t free;
+    uint32_t run_hint;
+    bool dirty;
+};
+
+struct run {
+    uint64_t addr, units;
+};
+
+struct run_list {
+    struct run *run;
+    size_t n, cap;
+};
+
+struct space {
+    pthread_mutex_t mutex;
+    struct store *data;
+    struct region *region;
+    uint64_t regions, regions_max;
+    uint64_t limit, reserve;
+    uint64_t used, inflight, free_units;
+    uint64_t cursor;      /* where the search for data goes on */
+    uint64_t node_cursor; /* a region that had room for nodes */
+    struct run_list released, frozen;
+};
+
+#define WORDS (REGION_UNITS / 64)
+
+/* --- bits --- */
+
+static bool bit_get(const uint64_t *map, uint32_t i)
+{
+    return map[i / 64] >> (i % 64) & 1;
+}
+
+static void bits_set(uint64_t *map, uint32_t i, uint32_t n, bool value)
+{
+    for (; n; i++, n--) {
+        if (i % 64 == 0 && n >= 64) {
+            map[i / 64] = value ? UINT64_MAX : 0;
+            i += 63, n -= 63;
+        } else if (value) {
+            map[i / 64] |= 1ull << (i % 64);
+        } else {
+            map[i / 64] &= ~(1ull << (i % 64));
+        }
+    }
+}
+
+static bool bits_all(const uint64_t *map, uint32_t i, uint32_t n, bool value)
+{
+    for (; n; i++, n--) {
+        if (bit_get(map, i) != value)
+            return false;
+    }
+    return true;
+}
+
+/* The first run of free units of at least want, at or after from; else the longest. Returns its length (cut to want). */
+static uint32_t find_run(const struct region *r, uint32_t from, uint32_t want, uint32_t *ret_at)
+{
+    uint32_t best = 0, run = 0, start = 0;
+
+    for (uint32_t i = from; i < REGION_UNITS; i++) {
+        uint64_t taken = r->used[i / 64] | r->busy[i / 64];
+
+        if (i % 64 == 0 && taken == UINT64_MAX) {
+            run = 0;
+            i += 63;
+            continue;
+        }
+        if (taken >> (i % 64) & 1) {
+            run = 0;
+            continue;
+        }
+        if (run++ == 0)
+            start = i;
+        if (run > best) {
+            best = run;
+            *ret_at = start;
+            if (best == want)
+                break;
+        }
+    }
+    return best;
+}
+
+/* --- life --- */
+
+static void add_region(struct space *s)
+{
+    struct region *r;
+
+    s->region = xrealloc(s->region, (s->regions + 1) * sizeof(*s->region));
+    r = &s->region[s->regions++];
+    *r = (struct region){.used = xcalloc(WORDS, 8), .busy = xcalloc(WORDS, 8), .free = REGION_UNITS,
+                         .run_hint = REGION_UNITS, .dirty = true};
+    s->free_units += REGION_UNITS;
+}
+
+struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_units, uint64_t reserve_units)
+{
+    struct space *s = xcalloc(1, sizeof(*s));
+
+    pthread_mutex_init(&s->mutex, NULL);
+    s->data = data;
+    s->limit = limit_units;
+    s->reserve = reserve_units;
+    s->regions_max = (limit_units + REGION_UNITS - 1) / REGION_UNITS;
+    for (uint64_t i = 0; i < regions; i++)
+        add_region(s);
+    return s;
+}
+
+void space_free(struct space *s)
+{
+    if (!s)
+        return;
+    for (uint64_t i = 0; i < s->regions; i++) {
+        free(s->region[i].used);
+        free(s->region[i].busy);
+    }
+    free(s->region);
+    free(s->released.run);
+    free(s->frozen.run);
+    pthread_mutex_destroy(&s->mutex);
+    free(s);
+}
+
+void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[REGION_UNITS / 8])
+{
+    struct region *r = &s->region[region];
+    uint32_t used = 0;
+
+    for (unsigned i = 0; i < WORDS; i++) {
+        le64 word;
+
+        memcpy(&word, bitmap + i * 8, 8);
+        r->used[i] = le64_get(word);
+        used += (uint32_t)__builtin_popcountll(r->used[i]);
+    }
+    r->free = REGION_UNITS - used;
+    r->dirty = false;
+    s->used += used;
+    s->free_units -= used;
+}
+
+/* --- allocation --- */
+
+static int grow(struct space *s)
+{
+    int rc;
+
+    if (s->regions >= s->regions_max)
+        return -ENOSPC;
+    rc = s->data->ops->grow(s->data, (s->regions + 1) * REGION_BYTES);
+    if (rc < 0)
+        return rc == -EDQUOT || rc == -EFBIG ? -ENOSPC : rc;
+    add_region(s);
+    return 0;
+}
+
+static void take(struct space *s, struct region *r, uint32_t at, uint32_t n, uint64_t *map)
+{
+    bits_set(map, at, n, true);
+    r->free -= n;
+    s->free_units -= n;
+}
+
+/* A full run at or after the cursor, round the volume; regions that cannot have one are passed over. */
+static bool find_full(struct space *s, uint32_t want, uint64_t *ret_region, uint32_t *ret_at)
+{
+    uint64_t first = s->cursor / REGION_UNITS;
+
+    for (uint64_t i = 0; i <= s->regions; i++) {
+        uint64_t k = (first + i) % s->regions;
+        struct region *r = &s->region[k];
+        uint32_t from = i == 0 ? (uint32_t)(s->cursor % REGION_UNITS) : 0;
+        uint32_t got;
+
+        if (r->run_hint < want || r->free < want)
+            continue;
+        got = find_run(r, from, want, ret_at);
+        if (got >= want) {
+            *ret_region = k;
+            return true;
+        }
+        if (from == 0)
+            r->run_hint = got;
+    }
+    return false;
+}
+
+static uint32_t find_longest(struct space *s, uint32_t want, uint64_t *ret_region, uint32_t *ret_at)
+{
+    uint32_t best = 0, at = 0;
+
+    for (uint64_t k = 0; k < s->regions && best < want; k++) {
+        struct region *r = &s->region[k];
+        uint32_t got;
+
+        if (r->run_hint <= best || r->free <= best)
+            continue;
+        got = find_run(r, 0, want, &at);
+        if (got < want)
+            r->run_hint = got;
+        if (got > best) {
+            best = got;
+            *ret_region = k;
+            *ret_at = at;
+        }
+    }
+    return best;
+}
+
+int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, uint64_t *ret_addr)
+{
+    uint64_t region = 0;
+    uint32_t at = 0, got = 0;
+    int64_t rc = 0;
+
+    pthread_mutex_lock(&s->mutex);
+    if (s->used + s->inflight + want + s->reserve > s->limit) {
+        rc = -ENOSPC;
+        goto out;
+    }
+    while (rc == 0) {
+        if (s->free_units >= want + s->reserve) {
+            if (find_full(s, (uint32_t)want, &region, &at))
+                got = (uint32_t)want;
+            if (got || s->regions >= s->regions_max)
+                break;
+        }
+        rc = grow(s);
+    }
+    if (rc < 0 && s->free_units < want + s->reserve)
+        goto out;
+    /* Fragmented, and no more room to grow: what there is. */
+    if (!got) {
+        got = find_longest(s, (uint32_t)want, &region, &at);
+        got -= got % (uint32_t)step;
+    }
+    rc = got ? (int64_t)got : -ENOSPC;
+    if (got) {
+        take(s, &s->region[region], at, got, s->region[region].busy);
+        s->inflight += got;
+        *ret_addr = region * REGION_UNITS + at;
+        s->cursor = (*ret_addr + got) % (s->regions * REGION_UNITS);
+    }
+out:
+    pthread_mutex_unlock(&s->mutex);
+    return rc;
+}
+
+static struct region *region_of(struct space *s, uint64_t addr, uint64_t units)
+{
+    uint64_t k = addr / REGION_UNITS;
+
+    if (k >= s->regions || units == 0 || addr % REGION_UNITS + units > REGION_UNITS)
+        return NULL;
+    return &s->region[k];
+}
+
+static void make_free(struct space *s, uint64_t addr, uint64_t units)
+{
+    struct region *r = region_of(s, addr, units);
+
+    bits_set(r->busy, (uint32_t)(addr % REGION_UNITS), (uint32_t)units, false);
+    r->free += (uint32_t)units;
+    r->run_hint = REGION_UNITS;
+    s->free_units += units;
+}
+
+void space_cancel(struct space *s, uint64_t addr, uint64_t units)
+{
+    pthread_mutex_lock(&s->mutex);
+    make_free(s, addr, units);
+    s->inflight -= units;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+int space_commit(struct space *s, uint64_t addr, uint64_t units)
+{
+    uint32_t at = (uint32_t)(addr % REGION_UNITS), n = (uint32_t)units;
+    struct region *r;
+    int rc = 0;
+
+    pthread_mutex_lock(&s->mutex);
+    /* A log record of a time when `data` had grown, but no checkpoint since said so. */
+    while (addr / REGION_UNITS >= s->regions && s->regions < s->regions_max) {
+        if (s->data->ops->size(s->data) >= (int64_t)((s->regions + 1) * REGION_BYTES))
+            add_region(s);
+        else if (grow(s) < 0)
+            break;
+    }
+    r = region_of(s, addr, units);
+    if (!r || !bits_all(r->used, at, n, false)) {
+        rc = -EUCLEAN;
+    } else if (bits_all(r->busy, at, n, true) && s->inflight >= units) {
+        bits_set(r->busy, at, n, false);
+        s->inflight -= units;
+    } else if (bits_all(r->busy, at, n, false)) {
+        r->free -= n;
+        s->free_units -= units;
+    } else {
+        rc = -EUCLEAN;
+    }
+    if (rc == 0) {
+        bits_set(r->used, at, n, true);
+        s->used += units;
+        r->dirty = true;
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return rc;
+}
+
+static void run_push(struct run_list *l, uint64_t addr, uint64_t units)
+{
+    if (l->n && l->run[l->n - 1].addr + l->run[l->n - 1].units == addr && addr % REGION_UNITS) {
+        l->run[l->n - 1].units += units;
+        return;
+    }
+    if (l->n == l->cap) {
+        l->cap = l->cap ? l->cap * 2 : 64;
+        l->run = xrealloc(l->run, l->cap * sizeof(*l->run));
+    }
+    l->run[l->n++] = (struct run){addr, units};
+}
+
+int space_release(struct space *s, uint64_t addr, uint64_t units)
+{
+    uint32_t at = (uint32_t)(addr % REGION_UNITS), n = (uint32_t)units;
+    struct region *r;
+    int rc = 0;
+
+    pthread_mutex_lock(&s->mutex);
+    r = region_of(s, addr, units);
+    if (!r || !bits_all(r->used, at, n, true)) {
+        rc = -EUCLEAN;
+    } else {
+        bits_set(r->used, at, n, false);
+        bits_set(r->busy, at, n, true);
+        s->used -= units;
+        r->dirty = true;
+        run_push(&s->released, addr, units);
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return rc;
+}
+
+static bool take_node(struct space *s, uint64_t k, uint64_t *ret_addr)
+{
+    struct region *r = &s->region[k];
+    uint32_t at;
+
+    if (r->free < NODE_UNITS || r->run_hint < NODE_UNITS)
+        return false;
+    if (find_run(r, 0, NODE_UNITS, &at) < NODE_UNITS) {
+        r->run_hint = NODE_UNITS - 1;
+        return false;
+    }
+    take(s, r, at, NODE_UNITS, r->used);
+    s->used += NODE_UNITS;
+    r->dirty = true;
+    s->node_cursor = k;
+    *ret_addr = k * REGION_UNITS + at;
+    return true;
+}
+
+int space_alloc_node(struct space *s, uint64_t *ret_addr)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&s->mutex);
+    if (s->node_cursor < s->regions && s->region[s->node_cursor].dirty && take_node(s, s->node_cursor, ret_addr))
+        goto out;
+    /* Dirty regions first: taking from a clean one dirties one more leaf, which needs an address in turn. */
+    for (int clean = 0; clean < 2; clean++) {
+        for (uint64_t k = 0; k < s->regions; k++) {
+            if (s->region[k].dirty == !clean && take_node(s, k, ret_addr))
+                goto out;
+        }
+    }
+    rc = grow(s);
+    if (rc == 0 && !take_node(s, s->regions - 1, ret_addr))
+        rc = -ENOSPC;
+out:
+    pthread_mutex_unlock(&s->mutex);
+    return rc;
+}
+
+/* --- questions --- */
+
+bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes)
+{
+    uint64_t need = units + dirty_nodes * NODE_UNITS + s->reserve;
+    bool ok;
+
+    pthread_mutex_lock(&s->mutex);
+    ok = s->used + s->inflight + need <= s->limit;
+    while (ok && s->free_units < need && s->regions < s->regions_max)
+        ok = grow(s) == 0;
+    ok = ok && s->free_units >= need;
+    pthread_mutex_unlock(&s->mutex);
+    return ok;
+}
+
+bool space_has_pending(struct space *s)
+{
+    bool any;
+
+    pthread_mutex_lock(&s->mutex);
+    any = s->released.n > 0;
+    pthread_mutex_unlock(&s->mutex);
+    return any;
+}
+
+bool space_is_used(struct volume *v, uint64_t unit)
+{
+    struct space *s = v->space;
+    bool used = false;
+
+    pthread_mutex_lock(&s->mutex);
+    if (unit / REGION_UNITS < s->regions)
+        used = bit_get(s->region[unit / REGION_UNITS].used, (uint32_t)(unit % REGION_UNITS));
+    pthread_mutex_unlock(&s->mutex);
+    return used;
+}
+
+uint64_t space_used(struct space *s)
+{
+    uint64_t used;
+
+    pthread_mutex_lock(&s->mutex);
+    used = s->used;
+    pthread_mutex_unlock(&s->mutex);
+    return used;
+}
+
+uint64_t space_regions(struct space *s)
+{
+    uint64_t n;
+
+    pthread_mutex_lock(&s->mutex);
+    n = s->regions;
+    pthread_mutex_unlock(&s->mutex);
+    return n;
+}
+
+void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64_t *ret_reserve)
+{
+    pthread_mutex_lock(&s->mutex);
+    *ret_used = s->used + s->inflight;
+    *ret_limit = s->limit;
+    *ret_reserve = s->reserve;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+/* --- checkpoint --- */
+
+int64_t space_next_dirty(struct space *s, uint64_t from)
+{
+    int64_t found = -1;
+
+    pthread_mutex_lock(&s->mutex);
+    for (uint64_t k = from; k < s->regions && found < 0; k++) {
+        if (s->region[k].dirty)
+            found = (int64_t)k;
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return found;
+}
+
+void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
+{
+    pthread_mutex_lock(&s->mutex);
+    for (unsigned i = 0; i < WORDS; i++) {
+        le64 word = le64_make(s->region[region].used[i]);
+
+        memcpy(bitmap + i * 8, &word, 8);
+    }
+    s->region[region].dirty = false;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+void space_freeze(struct space *s)
+{
+    pthread_mutex_lock(&s->mutex);
+    for (size_t i = 0; i < s->released.n; i++)
+        run_push(&s->frozen, s->released.run[i].addr, s->released.run[i].units);
+    s->released.n = 0;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+void space_thaw(struct space *s)
+{
+    pthread_mutex_lock(&s->mutex);
+    for (size_t i = 0; i < s->frozen.n; i++)
+        make_free(s, s->frozen.run[i].addr, s->frozen.run[i].units);
+    s->frozen.n = 0;
+    pthread_mutex_unlock(&s->mutex);
+}
+

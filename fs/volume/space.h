@@ -1,0 +1,61 @@
+/*
+ * space.h - which units of `data` are used.
+ *
+ * Two bits a unit: used (the committed state, what SPACE items will hold) and busy (handed out by space_alloc but not yet
+ * committed, or freed but not yet free in a durable checkpoint). A unit is given out only when both are 0. So the used bits
+ * are at every instant exactly what the tree and the logged records reference.
+ *
+ *            space_alloc        space_commit       space_release        space_thaw
+ *   free ---------------> busy -------------> used -------------> busy -------------> free
+ *                          |  space_cancel                         (checkpoint durable)
+ *                          `-------------> free
+ *
+ * Own mutex; all functions may be called from any thread.
+ */
+#ifndef COFFER_SPACE_H
+#define COFFER_SPACE_H
+
+#include "fs/volume/state.h"
+
+/* Space of a volume of `regions` regions with no unit used; limit_units bounds what is used, reserve_units of it are kept for
+ * checkpoints, deletes and truncates. */
+struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_units, uint64_t reserve_units);
+void space_free(struct space *s);
+
+/* Takes over a SPACE item when a volume is opened. */
+void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[REGION_UNITS / 8]);
+
+/*
+ * Finds a run of `want` units, or else the longest shorter one that is a multiple of `step`, and makes it busy. Grows
+ * `data` where it must. Returns the units got, -ENOSPC (limit, backing filesystem, or only the reserve is left), -EIO.
+ */
+int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, uint64_t *ret_addr);
+void space_cancel(struct space *s, uint64_t addr, uint64_t units);
+/* busy -> used; in recovery also free -> used. -EUCLEAN when it is used already or out of bounds. */
+int space_commit(struct space *s, uint64_t addr, uint64_t units);
+/* used -> busy until space_thaw. -EUCLEAN when it is not used. */
+int space_release(struct space *s, uint64_t addr, uint64_t units);
+/* Checkpoint only, from the reserve too: units for a node, used at once; from regions that are dirty already if possible. */
+int space_alloc_node(struct space *s, uint64_t *ret_addr);
+
+/* Is there room for an operation that adds `units`, with dirty_nodes still to be placed, besides the reserve? */
+bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
+/* Would a checkpoint make units free? */
+bool space_has_pending(struct space *s);
+bool space_is_used(struct volume *v, uint64_t unit);
+uint64_t space_used(struct space *s);
+uint64_t space_regions(struct space *s);
+void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64_t *ret_reserve);
+
+/* --- checkpoint --- */
+
+/* The next region whose bits changed since its item was last taken (space_region_bitmap), at or above from; -1: none. */
+int64_t space_next_dirty(struct space *s, uint64_t from);
+/* Copies a region's used bits and makes it clean. */
+void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8]);
+/* Units released until now become free at the next space_thaw. */
+void space_freeze(struct space *s);
+/* The checkpoint is durable. */
+void space_thaw(struct space *s);
+
+#endif
