@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #define WRITE_MAX   (1u << 20)
-#define STEP_RANGES 256
+#define STEP_RANGES 128 /* such a transaction fits the smallest log's largest record */
 
 static uint64_t blocks_of(const struct volume *v, uint64_t bytes)
 {
@@ -123,11 +123,14 @@ static int tx_unref(struct tx *tx, uint64_t id, unsigned first, unsigned count)
         return rc;
     if (first + count > e.chunks)
         return -EIO;
-    for (unsigned i = first; i < first + count; i++) {
+    for (unsigned i = first, run = 0; i < first + count; i++) {
         if (!e.ref[i])
             return -EIO;
-        if (--e.ref[i] == 0)
-            tx_free(tx, e.addr + (uint64_t)i * units, units);
+        run = --e.ref[i] == 0 ? run + 1 : 0;
+        if (run && (i + 1 == first + count || e.ref[i + 1] != 1)) {
+            tx_free(tx, e.addr + (uint64_t)(i + 1 - run) * units, (uint64_t)run * units);
+            run = 0;
+        }
     }
     e.has_refs = true;
     for (unsigned i = 0; i < e.chunks; i++)
@@ -341,7 +344,8 @@ static void batch_cancel(struct volume *v, struct batch *b)
 }
 
 /* Seals and writes count blocks of plain as extents for the file's blocks from `block` on. On failure nothing is held. */
-static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64_t count, const uint8_t *plain)
+static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64_t count, const uint8_t *plain,
+                       bool grows)
 {
     unsigned most = EXTENT_BYTES / v->block;
     int rc = 0;
@@ -353,7 +357,7 @@ static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64
         struct extent *e = &b->extent[b->n];
         int64_t got;
 
-        got = space_alloc(v->space, want * v->block_units, v->block_units, &e->addr);
+        got = space_alloc(v->space, want * v->block_units, v->block_units, !grows, &e->addr);
         if (got < 0) {
             rc = (int)got;
             break;
@@ -375,41 +379,45 @@ static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64
 }
 
 /* The same, with a checkpoint when space is short: it may set some free. */
-static int batch_write_hard(struct volume *v, struct batch *b, uint64_t block, uint64_t count, const uint8_t *plain)
+static int batch_write_hard(struct volume *v, struct batch *b, uint64_t block, uint64_t count, const uint8_t *plain,
+                            bool grows)
 {
-    int rc = batch_write(v, b, block, count, plain);
+    int rc = batch_write(v, b, block, count, plain, grows);
 
     if (rc == -ENOSPC && space_has_pending(v->space)) {
         rc = volume_checkpoint(v);
         if (rc == 0)
-            rc = batch_write(v, b, block, count, plain);
+            rc = batch_write(v, b, block, count, plain, grows);
     }
     return rc;
 }
 
-/* Puts a batch into the file's map in place of what was there. */
+static uint64_t batch_end(const struct batch *b)
+{
+    return b->block[b->n - 1] + b->extent[b->n - 1].chunks;
+}
+
+/* Puts a batch into the file's map. What was there was taken out before, with one tx_unmap: that sees the committed map,
+ * not what this transaction has put. */
 static int tx_map(struct tx *tx, struct inode *inode, const struct batch *b)
 {
     struct volume *v = tx->v;
-    uint64_t freed = 0, mapped = 0;
-    int rc = 1;
 
-    for (size_t i = 0; i < b->n && rc >= 0; i++) {
+    for (size_t i = 0; i < b->n; i++) {
         struct extent e = b->extent[i];
         struct range r = {.block = b->block[i], .count = e.chunks, .extent = e.id};
+        int rc;
 
-        rc = tx_unmap(tx, inode->ino, r.block, r.block + r.count, UINT32_MAX, &freed);
-        if (rc < 0)
-            break;
         e.birth = v->generation;
         tx_alloc(tx, e.addr, (uint64_t)e.chunks * v->block_units);
         rc = tx_put_extent(tx, &e);
         if (rc == 0)
             rc = tx_put_range(tx, inode->ino, &r);
-        mapped += r.count;
+        if (rc < 0)
+            return rc;
+        inode->blocks += r.count;
     }
-    inode->blocks = inode->blocks - freed + mapped;
-    return rc < 0 ? rc : 0;
+    return 0;
 }
 
 static int tx_drop_inline(struct tx *tx, struct inode *inode)
@@ -428,23 +436,29 @@ static int tx_drop_inline(struct tx *tx, struct inode *inode)
 struct change {
     uint64_t size;
     bool clear_inline;
+    bool grows; /* not allowed to use the reserve */
 };
 
 /* Logs a batch (which may be empty) and the inode's new size in one transaction. */
 static int commit_batch(struct volume *v, uint64_t ino, struct batch *b, const struct change *c)
 {
     struct inode inode;
+    uint64_t freed = 0;
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, true);
+    rc = tx_begin(v, &tx, c->grows);
     if (rc < 0) {
         batch_cancel(v, b);
         return rc;
     }
     rc = tx_inode(&tx, ino, &inode);
-    if (rc == 0)
+    if (rc == 0 && b->n)
+        rc = tx_unmap(&tx, ino, b->block[0], batch_end(b), UINT32_MAX, &freed);
+    if (rc >= 0) {
+        inode.blocks -= freed;
         rc = tx_map(&tx, &inode, b);
+    }
     if (rc == 0 && c->clear_inline && (inode.flags & INODE_INLINE))
         rc = tx_drop_inline(&tx, &inode);
     if (rc == 0) {
@@ -510,10 +524,12 @@ static int write_inline(struct volume *v, const struct inode *old, uint64_t off,
     return rc < 0 ? tx_abort(&tx, rc) : tx_commit(&tx);
 }
 
-/* [stripe exclusive] Writes n <= WRITE_MAX bytes (buf NULL: zeroes) into blocks; an inline file becomes one of blocks. */
+/* [stripe exclusive] Writes n <= WRITE_MAX bytes into blocks; an inline file becomes one of blocks. buf NULL: zeroes, at the
+ * edge of a hole that is being made; that may use the reserve. */
 static int write_blocks(struct volume *v, const struct inode *inode, uint64_t off, const uint8_t *buf, size_t n,
                         uint64_t size)
 {
+    bool grows = buf || n == 0;
     /* The content of an inline file is in its first block: that is written along. */
     bool convert = inode->flags & INODE_INLINE;
     uint64_t lo = off / v->block, hi = blocks_of(v, off + n);
@@ -525,9 +541,9 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
         plain = xcalloc(1, v->block);
         rc = read_old(v, inode, 0, plain, v->block);
         if (rc == 0)
-            rc = batch_write_hard(v, b, 0, 1, plain);
+            rc = batch_write_hard(v, b, 0, 1, plain, true);
         if (rc == 0)
-            rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true});
+            rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true});
         if (rc < 0)
             goto out;
         free(plain);
@@ -551,9 +567,9 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
         buf = plain;
     }
     if (n)
-        rc = batch_write_hard(v, b, lo, hi - lo, buf);
+        rc = batch_write_hard(v, b, lo, hi - lo, buf, grows);
     if (rc == 0)
-        rc = commit_batch(v, inode->ino, b, &(struct change){size, true});
+        rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows});
 out:
     free(plain);
     free(b);
@@ -696,7 +712,7 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
         rc = read_old(v, old, (keep - 1) * v->block, plain, v->block);
         if (rc == 0) {
             memset(plain + tail, 0, v->block - tail);
-            rc = batch_write_hard(v, b, keep - 1, 1, plain);
+            rc = batch_write_hard(v, b, keep - 1, 1, plain, false);
         }
     }
     if (rc < 0 && rc != -ENOENT)
@@ -708,13 +724,14 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
     }
     rc = tx_inode(&tx, old->ino, &inode);
     if (rc == 0)
-        rc = tx_map(&tx, &inode, b);
-    if (rc == 0)
-        rc = done = tx_unmap(&tx, old->ino, keep, UINT64_MAX, STEP_RANGES, &freed);
+        rc = done = tx_unmap(&tx, old->ino, b->n ? keep - 1 : keep, UINT64_MAX, STEP_RANGES, &freed);
     if (rc == 0)
         rc = tx_put(&tx, &key, &from, sizeof(from));
     if (rc >= 0) {
         inode.blocks -= freed;
+        rc = tx_map(&tx, &inode, b);
+    }
+    if (rc >= 0) {
         inode.size = size;
         inode.mtime = inode.ctime = tx.now;
         rc = tx_inode_put(&tx, &inode);
@@ -815,7 +832,8 @@ int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64
     rc = get_regular(v, ino, &inode);
     if (rc == 0 && what)
         rc = zero_range(v, &inode, off, len);
-    else if (rc == 0 && !space_room(v->space, blocks_of(v, len) * v->block_units, 0))
+    else if (rc == 0 && blocks_of(v, len) > inode.blocks &&
+             !space_room(v->space, (blocks_of(v, len) - inode.blocks) * v->block_units, 0))
         rc = -ENOSPC;
     if (rc == 0 && !keep && off + len > inode.size) {
         rc = get_regular(v, ino, &inode);

@@ -134,7 +134,7 @@ static int put_record(struct volume *v, const struct log_slot *slot, enum record
 
     record_seal(v->keys, slot->generation, slot->sector, &head, body, n, buf);
     rc = v->logstore->ops->writev(v->logstore, &iov, 1,
-                                  segment * le64_get(v->super.log_segment) + slot->sector * SECTOR_BYTES);
+                                  (segment * v->log->segment_sectors + slot->sector) * SECTOR_BYTES);
     free(buf);
     return rc;
 }

@@ -229,19 +229,19 @@ static uint32_t find_longest(struct space *s, uint32_t want, uint64_t *ret_regio
     return best;
 }
 
-int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, uint64_t *ret_addr)
+int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr)
 {
-    uint64_t region = 0;
+    uint64_t region = 0, reserve = from_reserve ? s->reserve / 2 : s->reserve;
     uint32_t at = 0, got = 0;
     int64_t rc = 0;
 
     pthread_mutex_lock(&s->mutex);
-    if (s->used + s->inflight + want + s->reserve > s->limit) {
+    if (s->used + s->inflight + want + reserve > s->limit) {
         rc = -ENOSPC;
         goto out;
     }
     while (rc == 0) {
-        if (s->free_units >= want + s->reserve) {
+        if (s->free_units >= want + reserve) {
             if (find_full(s, (uint32_t)want, &region, &at))
                 got = (uint32_t)want;
             if (got || s->regions >= s->regions_max)
@@ -249,7 +249,7 @@ int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, uint64_t *ret
         }
         rc = grow(s);
     }
-    if (rc < 0 && s->free_units < want + s->reserve)
+    if (rc < 0 && s->free_units < want + reserve)
         goto out;
     /* Fragmented, and no more room to grow: what there is. */
     if (!got) {

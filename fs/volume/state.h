@@ -32,7 +32,8 @@ struct volume {
     struct store *data, *logstore;
     struct vkeys *keys;
     struct volume_options options;
-    struct disk_super super; /* the newest durable one [checkpoint_mutex]; fixed fields may be read without a lock */
+    struct disk_super super; /* the newest durable one [checkpoint_mutex] */
+    struct volume_params params; /* what of it never changes */
     unsigned super_slot;     /* where it lies [checkpoint_mutex] */
     uint32_t block;          /* bytes of a block */
     uint32_t block_units;

@@ -121,6 +121,11 @@ static void set_geometry(struct volume *v, uint64_t regions)
 {
     uint64_t limit = le64_get(v->super.size_limit) / UNIT_BYTES;
 
+    v->params = (struct volume_params){.block_size = le32_get(v->super.block_size),
+                                       .profile = le32_get(v->super.profile),
+                                       .size_limit = le64_get(v->super.size_limit),
+                                       .log_segment = le64_get(v->super.log_segment)};
+    memcpy(v->params.id, v->super.volume_id, VOLUME_ID_BYTES);
     v->block = le32_get(v->super.block_size);
     v->block_units = v->block / UNIT_BYTES;
     /* A checkpoint needs room for all dirty nodes while their older versions are still held, and so does the one after. */
@@ -413,10 +418,7 @@ int volume_checkpoint(struct volume *v)
 
 void volume_get_params(struct volume *v, struct volume_params *ret_params)
 {
-    *ret_params = (struct volume_params){.block_size = v->block, .profile = le32_get(v->super.profile),
-                                         .size_limit = le64_get(v->super.size_limit),
-                                         .log_segment = le64_get(v->super.log_segment)};
-    memcpy(ret_params->id, v->super.volume_id, VOLUME_ID_BYTES);
+    *ret_params = v->params;
 }
 
 void volume_stat(struct volume *v, struct volume_stat *ret_stat)
