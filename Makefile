@@ -45,7 +45,7 @@ TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*
 TEST_TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/crash/*.c tests/model/*.c tests/fs/*.c tests/attack/*.c tests/bench/*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
-.PHONY: all help check tests fuzzers clean install format lint layers
+.PHONY: all help check tests fuzzers clean install format lint layers bench
 all: $(PROGRAMS:%=$(BUILD)/%) ## build the four programs into $(BUILD)/
 
 help: ## this text
@@ -83,7 +83,7 @@ $(BUILD)/tests/%: tests/unit/%.c $(ALL_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(ALL_LIBS) -lcmocka $(LDLIBS)
 
-$(BUILD)/tests/%: tests/%.c $(ALL_LIBS)
+$(BUILD)/tests/%: tests/%.c $(L)volume.a $(L)base.a
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a $(shell pkg-config --libs libsodium)
 
@@ -92,6 +92,9 @@ FUZZ_SRC := $(SRC_base) $(SRC_volume) $(SRC_keystore)
 $(BUILD)/fuzz/%: tests/fuzz/%.c $(FUZZ_SRC)
 	@mkdir -p $(@D)
 	clang $(CPPFLAGS) -O1 -g -std=gnu17 -pthread -fsanitize=fuzzer,address,undefined -o $@ $< $(FUZZ_SRC) $(shell pkg-config --libs jansson libsodium libseccomp)
+
+bench: all ## measure raw, gocryptfs and coffer (root)
+	scripts/bench
 
 layers: ## check that includes run downwards only
 	scripts/check-layers

@@ -1,5 +1,4 @@
 /* base.c - see base.h. Owns nothing but the name of the program. */
-#define _GNU_SOURCE
 #include "base.h"
 
 #include <fcntl.h>

@@ -1,5 +1,4 @@
 /* msg.c - see msg.h. */
-#define _GNU_SOURCE
 #include "msg.h"
 
 #include "base.h"

@@ -1,5 +1,4 @@
 /* secmem.c - see secmem.h. */
-#define _GNU_SOURCE
 #include "secmem.h"
 
 #include <errno.h>
