@@ -1,9 +1,12 @@
 /*
  * check.c - volume_check: everything that must hold between items, and between the tree and the bitmaps.
  *
- * One walk over all items in key order fills two tables (inodes, extents) and a map of used units; then each table is held
- * against what its items claim. Item kinds come in the order of format.h, so inodes are known before what belongs to them.
- * Content is read afterwards, without the lock.
+ * One walk over all items in key order fills two tables (inodes, extents) and a map of used units; then each table is
+ * held against what its items claim. Item kinds come in the order of format.h, so inodes are known before what belongs
+ * to them. Content is read afterwards, without the lock.
+ *
+ * Memory: 72 bytes an inode, 48 an extent, a bit a unit. So the tables keep what was counted, not the items: those are
+ * looked up again.
  */
 #include "fs/volume/names.h"
 #include "fs/volume/space.h"
@@ -12,16 +15,22 @@
 #include <stdlib.h>
 
 struct seen_inode {
-    struct inode inode;
-    uint64_t names, subdirs, entries, blocks, xattrs, inline_len;
+    uint64_t ino;
+    uint64_t entries, blocks;
     uint64_t next_block; /* end of the last range */
-    bool orphan, trim, has_inline;
+    uint64_t named_by;   /* of a directory: where its entry is */
+    uint32_t mode, flags;
+    uint32_t names, subdirs, xattrs;
+    uint16_t inline_len;
+    bool bad, orphan, trim, has_inline;
 };
+_Static_assert(ITEM_VALUE_MAX <= UINT16_MAX, "inline_len");
 
 struct seen_extent {
     uint64_t id;
-    struct extent extent;
-    uint16_t used[EXTENT_CHUNKS_MAX];
+    uint16_t
+        owed[EXTENT_CHUNKS_MAX]; /* references that the item counts, less the ranges seen; 0 in the end (mod 2^16) */
+    uint8_t chunks;              /* 0: malformed */
 };
 
 /* Sorted by number, since items come in key order. */
@@ -36,8 +45,9 @@ struct check {
     void *ctx;
     int findings;
     struct table inodes, extents;
+    bool quiet;     /* nothing is dirty: items, bitmaps and nodes on disk are the same state */
     uint8_t *units; /* bitmap: seen in use */
-    uint64_t nunits;
+    uint64_t nunits, seen_units;
 };
 
 __attribute__((format(printf, 2, 3))) static void finding(struct check *c, const char *fmt, ...)
@@ -86,7 +96,7 @@ static void *table_find(const struct table *t, uint64_t number)
     return NULL;
 }
 
-_Static_assert(offsetof(struct seen_inode, inode.ino) == 0 && offsetof(struct seen_extent, id) == 0,
+_Static_assert(offsetof(struct seen_inode, ino) == 0 && offsetof(struct seen_extent, id) == 0,
                "table_find compares the first member");
 
 /* --- units --- */
@@ -100,6 +110,8 @@ static void use_units(struct check *c, uint64_t addr, uint64_t n, const char *wh
         }
         if (c->units[u / 8] >> (u % 8) & 1)
             finding(c, "corrupt %s: %llu, unit %llu is used twice", what, U(id), U(u));
+        else
+            c->seen_units++;
         c->units[u / 8] |= (uint8_t)(1u << (u % 8));
     }
 }
@@ -133,6 +145,8 @@ static void check_units(struct check *c)
     if (missing)
         finding(c, "free space: %llu units are in use but marked free, the first is %llu", U(missing),
                 U(first_missing));
+    if (space_used(c->v->space) != c->seen_units)
+        finding(c, "free space: used units, have %llu expect %llu", U(space_used(c->v->space)), U(c->seen_units));
 }
 
 /* --- items --- */
@@ -140,11 +154,16 @@ static void check_units(struct check *c)
 static void see_inode(struct check *c, const struct tree_iter *it)
 {
     struct seen_inode *s = table_add(&c->inodes);
+    struct inode i;
 
-    if (inode_decode(it->key.a, it->value, it->len, &s->inode) < 0) {
+    s->ino = it->key.a;
+    s->bad = inode_decode(it->key.a, it->value, it->len, &i) < 0;
+    if (s->bad) {
         finding(c, "corrupt inode: %llu, malformed item", U(it->key.a));
-        s->inode.ino = it->key.a;
+        return;
     }
+    s->mode = i.mode;
+    s->flags = i.flags;
 }
 
 static struct seen_inode *owner(struct check *c, const struct tree_iter *it, const char *what)
@@ -170,7 +189,7 @@ static void see_dirent(struct check *c, const struct tree_iter *it)
     struct seen_inode *dir = owner(c, it, "directory entry"), *target = table_find(&c->inodes, le64_get(d->ino));
 
     check_place(c, it, d + 1, d->namelen, "directory entry");
-    if (dir && !S_ISDIR(dir->inode.mode))
+    if (dir && !S_ISDIR(dir->mode))
         finding(c, "corrupt directory entry: its directory %llu is none", U(it->key.a));
     if (dir)
         dir->entries++;
@@ -179,14 +198,13 @@ static void see_dirent(struct check *c, const struct tree_iter *it)
         return;
     }
     target->names++;
-    if ((target->inode.mode & S_IFMT) >> 12 != d->type)
+    if ((target->mode & S_IFMT) >> 12 != d->type)
         finding(c, "corrupt directory entry: in %llu, type have %u expect %u", U(it->key.a), d->type,
-                (target->inode.mode & S_IFMT) >> 12);
-    if (S_ISDIR(target->inode.mode) && dir) {
-        dir->subdirs++;
-        if (target->inode.parent != it->key.a)
-            finding(c, "corrupt inode: %llu, parent have %llu expect %llu", U(target->inode.ino),
-                    U(target->inode.parent), U(it->key.a));
+                (target->mode & S_IFMT) >> 12);
+    if (S_ISDIR(target->mode)) {
+        target->named_by = it->key.a;
+        if (dir)
+            dir->subdirs++;
     }
 }
 
@@ -207,8 +225,8 @@ static void see_inline(struct check *c, const struct tree_iter *it)
     if (!s)
         return;
     s->has_inline = true;
-    s->inline_len = it->len;
-    if (!S_ISLNK(s->inode.mode) && !(s->inode.flags & INODE_INLINE))
+    s->inline_len = (uint16_t)it->len;
+    if (!S_ISLNK(s->mode) && !(s->flags & INODE_INLINE))
         finding(c, "corrupt inline content: inode %llu is neither inline nor a symlink", U(it->key.a));
 }
 
@@ -224,23 +242,48 @@ static void see_range(struct check *c, const struct tree_iter *it)
         finding(c, "corrupt range: inode %llu, block %llu overlaps the range before", U(it->key.a), U(it->key.b));
     s->next_block = it->key.b + count;
     s->blocks += count;
-    if (!S_ISREG(s->inode.mode) || (s->inode.flags & INODE_INLINE))
+    if (!S_ISREG(s->mode) || (s->flags & INODE_INLINE))
         finding(c, "corrupt range: inode %llu is not a file of blocks", U(it->key.a));
 }
 
 static void see_extent(struct check *c, const struct tree_iter *it)
 {
     struct seen_extent *s = table_add(&c->extents);
+    unsigned live = 0;
+    struct extent e;
 
     s->id = it->key.a;
-    if (extent_decode(it->key.a, it->value, it->len, &s->extent) < 0) {
+    if (extent_decode(it->key.a, it->value, it->len, &e) < 0) {
         finding(c, "corrupt extent: %llu, malformed item", U(it->key.a));
         return;
     }
-    for (unsigned i = 0; i < s->extent.chunks; i++) {
-        if (s->extent.ref[i])
-            use_units(c, s->extent.addr + (uint64_t)i * c->v->block_units, c->v->block_units, "extent", s->id);
+    s->chunks = e.chunks;
+    for (unsigned i = 0; i < e.chunks; i++) {
+        s->owed[i] = e.ref[i];
+        live += e.ref[i] > 0;
+        if (e.ref[i])
+            use_units(c, e.addr + (uint64_t)i * c->v->block_units, c->v->block_units, "extent", s->id);
     }
+    if (!live)
+        finding(c, "corrupt extent: %llu, nothing refers to it", U(s->id));
+    if (s->id >= atomic_load(&c->v->next_extent))
+        finding(c, "corrupt extent: %llu, number is above the next one", U(s->id));
+}
+
+/* A bitmap's item must be the bitmap in memory. */
+static void see_space(struct check *c, const struct tree_iter *it)
+{
+    uint64_t first = it->key.a * REGION_UNITS, differ = 0;
+
+    if (it->key.a >= c->nunits / REGION_UNITS || it->len != REGION_UNITS / 8) {
+        finding(c, "corrupt free space: region %llu, behind the end or malformed", U(it->key.a));
+        return;
+    }
+    for (uint64_t u = 0; u < REGION_UNITS && c->quiet; u++)
+        differ += (it->value[u / 8] >> (u % 8) & 1) != space_is_used(c->v, first + u);
+    if (differ)
+        finding(c, "corrupt free space: region %llu, %llu units differ from the state in memory", U(it->key.a),
+                U(differ));
 }
 
 static void see_item(struct check *c, const struct tree_iter *it)
@@ -273,7 +316,8 @@ static void see_item(struct check *c, const struct tree_iter *it)
         see_extent(c, it);
         break;
     case ITEM_SPACE:
-        break; /* check_units compares what was loaded from them */
+        see_space(c, it);
+        break;
     }
 }
 
@@ -288,13 +332,13 @@ static int count_references(struct check *c)
         struct seen_extent *e = table_find(&c->extents, le64_get(d->extent));
         unsigned first = le16_get(d->first), count = le16_get(d->count);
 
-        if (!e || first + count > e->extent.chunks) {
+        if (!e || first + count > e->chunks) {
             finding(c, "corrupt range: inode %llu, block %llu, extent %llu is missing or too short", U(it.key.a),
                     U(it.key.b), U(le64_get(d->extent)));
             continue;
         }
         for (unsigned i = first; i < first + count; i++)
-            e->used[i]++;
+            e->owed[i]--;
     }
     return rc == -ENOENT ? 0 : rc;
 }
@@ -317,20 +361,29 @@ static void expect(struct check *c, uint64_t ino, const char *what, uint64_t hav
         finding(c, "corrupt inode: %llu, %s, have %llu expect %llu", U(ino), what, U(have), U(want));
 }
 
+static void check_dir(struct check *c, const struct seen_inode *s, const struct inode *i)
+{
+    bool root = i->ino == VOLUME_ROOT_INO;
+
+    expect(c, i->ino, "names", s->names, root || s->orphan ? 0 : 1);
+    expect(c, i->ino, "links", i->nlink, s->orphan ? 0 : 2 + s->subdirs);
+    expect(c, i->ino, "entries", i->entries, s->entries);
+    if (!s->orphan)
+        expect(c, i->ino, "parent", i->parent, root ? VOLUME_ROOT_INO : s->named_by);
+}
+
 static void check_inode(struct check *c, const struct seen_inode *s)
 {
-    const struct inode *i = &s->inode;
-    bool dir = S_ISDIR(i->mode), root = i->ino == VOLUME_ROOT_INO;
+    struct inode inode, *i = &inode;
 
-    if (dir) {
-        expect(c, i->ino, "names", s->names, root || s->orphan ? 0 : 1);
-        expect(c, i->ino, "links", i->nlink, s->orphan ? 0 : 2 + s->subdirs);
-        expect(c, i->ino, "entries", i->entries, s->entries);
-    } else {
+    if (s->bad || inode_get(c->v, s->ino, i) < 0)
+        return; /* reported by the walk */
+    if (S_ISDIR(i->mode))
+        check_dir(c, s, i);
+    else
         expect(c, i->ino, "links", i->nlink, s->names);
-    }
-    if (!root && (s->names == 0) != s->orphan)
-        finding(c, "corrupt inode: %llu, has %llu names and %s orphan item", U(i->ino), U(s->names),
+    if (i->ino != VOLUME_ROOT_INO && (s->names == 0) != s->orphan)
+        finding(c, "corrupt inode: %llu, has %u names and %s orphan item", U(i->ino), s->names,
                 s->orphan ? "an" : "no");
     expect(c, i->ino, "blocks", i->blocks, s->blocks);
     expect(c, i->ino, "attributes", i->xattrs, s->xattrs);
@@ -347,10 +400,10 @@ static void check_inode(struct check *c, const struct seen_inode *s)
 
 static void check_extent(struct check *c, const struct seen_extent *s)
 {
-    for (unsigned i = 0; i < s->extent.chunks; i++) {
-        if (s->extent.ref[i] != s->used[i])
-            finding(c, "corrupt extent: %llu, references of chunk %u, have %u expect %u", U(s->id), i,
-                    s->extent.ref[i], s->used[i]);
+    for (unsigned i = 0; i < s->chunks; i++) {
+        if (s->owed[i])
+            finding(c, "corrupt extent: %llu, references of chunk %u, have %d more than ranges", U(s->id), i,
+                    (int16_t)s->owed[i]);
     }
 }
 
@@ -369,9 +422,9 @@ static void check_tables(struct check *c)
 /* [state shared] */
 static void check_structure(struct check *c)
 {
-    bool space = tree_dirty_nodes(c->v->tree) == 0 && !space_has_pending(c->v->space);
     int before = c->findings, rc;
 
+    c->quiet = tree_dirty_nodes(c->v->tree) == 0 && !space_has_pending(c->v->space);
     c->nunits = space_regions(c->v->space) * REGION_UNITS;
     c->units = xcalloc(1, c->nunits / 8);
     for (unsigned i = 0; i < SUPER_SLOTS * SUPER_COPIES; i++)
@@ -389,7 +442,7 @@ static void check_structure(struct check *c)
         return;
     }
     check_tables(c);
-    if (space)
+    if (c->quiet)
         check_units(c);
     else
         c->line(c->ctx, "note: the volume was changed all the time; free space was not compared");
@@ -412,32 +465,50 @@ static int reload_extent(struct volume *v, uint64_t id, struct extent *ret)
     return rc;
 }
 
-/* Reads the chunks that are in use, one by one where the whole cannot be read. */
-static void check_content(struct check *c, uint64_t id)
+static bool readable(struct check *c, const struct extent *e, unsigned first, unsigned n, uint8_t *plain)
 {
-    uint8_t *plain = xmalloc(EXTENT_BYTES);
-    struct extent e;
+    return extent_read(c->v->keys, c->v->data, e, c->v->block, first, n, plain) == 0;
+}
+
+/* Reads each row of chunks that are in use; where that fails, one by one. plain: EXTENT_BYTES. */
+static void check_content(struct check *c, uint64_t id, uint8_t *plain)
+{
+    struct extent e, now;
 
     if (reload_extent(c->v, id, &e) < 0)
-        goto out; /* freed since the walk */
-    for (unsigned i = 0; i < e.chunks; i++) {
-        struct extent now;
-
-        if (!e.ref[i] || extent_read(c->v->keys, c->v->data, &e, c->v->block, i, 1, plain) == 0)
+        return; /* freed since the walk */
+    for (unsigned i = 0, n; i < e.chunks; i += n) {
+        for (n = 0; i + n < e.chunks && e.ref[i + n]; n++)
+            ;
+        if (n == 0 || readable(c, &e, i, n, plain)) {
+            n += n == 0;
             continue;
-        /* Perhaps its units went to somebody else while it was read. */
-        if (reload_extent(c->v, id, &now) == 0 && now.ref[i])
-            finding(c, "corrupt data: extent %llu chunk %u at unit %llu does not authenticate or cannot be read", U(id),
-                    i, U(e.addr + (uint64_t)i * c->v->block_units));
+        }
+        for (unsigned k = i; k < i + n; k++) {
+            /* Perhaps its units went to somebody else while it was read: then it is freed by now. */
+            if (!readable(c, &e, k, 1, plain) && reload_extent(c->v, id, &now) == 0 && now.ref[k])
+                finding(c, "corrupt data: extent %llu chunk %u at unit %llu does not authenticate or cannot be read",
+                        U(id), k, U(e.addr + (uint64_t)k * c->v->block_units));
+        }
     }
-out:
+}
+
+static void check_contents(struct check *c)
+{
+    uint8_t *plain = xmalloc(EXTENT_BYTES);
+
+    for (size_t i = 0; i < c->extents.n; i++)
+        check_content(c, ((const struct seen_extent *)(c->extents.at + i * c->extents.size))->id, plain);
     explicit_bzero(plain, EXTENT_BYTES);
     free(plain);
 }
 
 int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char *text), void *ctx)
 {
-    struct check c = {.v = v, .line = line, .ctx = ctx, .inodes = {.size = sizeof(struct seen_inode)},
+    struct check c = {.v = v,
+                      .line = line,
+                      .ctx = ctx,
+                      .inodes = {.size = sizeof(struct seen_inode)},
                       .extents = {.size = sizeof(struct seen_extent)}};
 
     for (int tries = 0;; tries++) {
@@ -450,8 +521,8 @@ int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char
     }
     check_structure(&c);
     pthread_rwlock_unlock(&v->state);
-    for (size_t i = 0; data && i < c.extents.n; i++)
-        check_content(&c, ((const struct seen_extent *)(c.extents.at + i * c.extents.size))->id);
+    if (data)
+        check_contents(&c);
     free(c.inodes.at);
     free(c.extents.at);
     free(c.units);

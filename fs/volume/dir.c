@@ -1,16 +1,17 @@
 /*
  * dir.c - names: lookup, making and removing, links, rename, listing.
  *
- * Every change of a name is one transaction: the entry, the inode and the directories together. An inode that loses its last
- * name gets an ORPHAN item in the same transaction and is destroyed when nobody refers to it (here, or in vol_forget).
- * References for inodes that a call returns are taken under the state lock, so that an inode cannot go between.
+ * Every change of a name is one transaction: the entry, the inode and the directories together. An inode that loses its
+ * last name gets an ORPHAN item in the same transaction and is destroyed when nobody refers to it (here, or in
+ * vol_forget). References for inodes that a call returns are taken under the state lock, so that an inode cannot go
+ * between.
  */
 #include "fs/volume/names.h"
 
 #include <linux/fs.h>
 #include <stdlib.h>
 
-#define MODE_TYPE(mode) ((uint8_t)(((mode) & S_IFMT) >> 12))
+#define MODE_TYPE(mode) ((uint8_t)(((mode)&S_IFMT) >> 12))
 #define DIRENT_ITEM_MAX (sizeof(struct disk_dirent) + VOLUME_NAME_BYTES)
 
 /* --- entries --- */
@@ -101,12 +102,15 @@ int vol_lookup(struct volume *v, uint64_t dir, const char *name, struct vattr *r
     struct entry e;
     int rc;
 
-    if (strnlen(name, VOLUME_NAME_BYTES + 1) > VOLUME_NAME_BYTES)
-        return -ENAMETOOLONG;
     pthread_rwlock_rdlock(&v->state);
     rc = inode_get(v, dir, &d);
     if (rc == 0 && !S_ISDIR(d.mode))
         rc = -ENOTDIR;
+    if (rc == 0 && strnlen(name, VOLUME_NAME_BYTES + 1) > VOLUME_NAME_BYTES)
+        rc = -ENAMETOOLONG;
+    /* The parent of a removed directory may be gone itself. */
+    if (rc == 0 && d.nlink == 0)
+        rc = -ENOENT;
     if (rc == 0 && strcmp(name, ".") == 0)
         e.ino = dir;
     else if (rc == 0 && strcmp(name, "..") == 0)
@@ -151,6 +155,9 @@ int vol_reference(struct volume *v, uint64_t ino, uint64_t n)
 
     pthread_rwlock_rdlock(&v->state);
     rc = inode_get(v, ino, &i);
+    /* What lost its name since it was listed may be in destruction already. */
+    if (rc == 0 && i.nlink == 0)
+        rc = -ENOENT;
     if (rc == 0)
         refs_add(v->refs, ino, n);
     pthread_rwlock_unlock(&v->state);
@@ -176,8 +183,16 @@ static int commit_with_ref(struct tx *tx, const struct inode *i, struct vattr *r
 
 static struct inode new_inode(struct tx *tx, const struct inode *dir, uint32_t mode, uint32_t uid, uint32_t gid)
 {
-    struct inode i = {.ino = tx_new_inode(tx), .mode = mode, .uid = uid, .gid = gid, .nlink = 1, .atime = tx->now,
-                      .mtime = tx->now, .ctime = tx->now, .btime = tx->now, .generation = tx->v->generation};
+    struct inode i = {.ino = tx_new_inode(tx),
+                      .mode = mode,
+                      .uid = uid,
+                      .gid = gid,
+                      .nlink = 1,
+                      .atime = tx->now,
+                      .mtime = tx->now,
+                      .ctime = tx->now,
+                      .btime = tx->now,
+                      .generation = tx->v->generation};
 
     if (dir->mode & S_ISGID) {
         i.gid = dir->gid;
@@ -250,8 +265,8 @@ static bool makeable(uint32_t mode)
     return S_ISREG(mode) || S_ISDIR(mode) || S_ISCHR(mode) || S_ISBLK(mode) || S_ISFIFO(mode) || S_ISSOCK(mode);
 }
 
-int vol_mknod(struct volume *v, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev, uint32_t uid, uint32_t gid,
-              struct vattr *ret_attr)
+int vol_mknod(struct volume *v, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev, uint32_t uid,
+              uint32_t gid, struct vattr *ret_attr)
 {
     struct making m = {.mode = mode & (S_IFMT | 07777), .uid = uid, .gid = gid};
 
@@ -396,6 +411,8 @@ static int remove_name(struct tx *tx, uint64_t dir_ino, const char *name, bool d
     int rc;
 
     rc = get_dir(tx, dir_ino, &dir);
+    if (rc == 0 && strnlen(name, VOLUME_NAME_BYTES + 1) > VOLUME_NAME_BYTES)
+        rc = -ENAMETOOLONG;
     if (rc == 0)
         rc = entry_find(tx->v, dir_ino, name, &e);
     if (rc == 0)
@@ -423,8 +440,6 @@ static int remove_committed(struct volume *v, uint64_t dir, const char *name, bo
     struct tx tx;
     int rc;
 
-    if (strnlen(name, VOLUME_NAME_BYTES + 1) > VOLUME_NAME_BYTES)
-        return -ENAMETOOLONG;
     if (strcmp(name, ".") == 0)
         return -EINVAL;
     if (strcmp(name, "..") == 0)
@@ -453,7 +468,7 @@ struct renaming {
     bool same_dir;
     struct entry from, to;
     bool replaces;
-    struct inode moved, other;     /* other: what stood at the new name */
+    struct inode moved, other; /* other: what stood at the new name */
 };
 
 static struct inode *to(struct renaming *r)
@@ -464,17 +479,15 @@ static struct inode *to(struct renaming *r)
 /* Is `ino` the directory `top` or below it? 1, 0 or an error. */
 static int is_below(struct tx *tx, uint64_t ino, uint64_t top)
 {
-    while (ino != top) {
+    for (uint64_t left = tx->v->inodes; ino != top; left--) {
         struct inode i;
         int rc;
 
         if (ino == VOLUME_ROOT_INO)
             return 0;
-        rc = tx_inode(tx, ino, &i);
+        rc = left ? tx_inode(tx, ino, &i) : -EIO; /* more steps than inodes: a loop */
         if (rc < 0)
             return rc;
-        if (i.parent == ino)
-            return -EIO;
         ino = i.parent;
     }
     return 1;
@@ -673,7 +686,10 @@ int vol_readdir(struct volume *v, uint64_t dir, uint64_t cookie, bool want_attr,
     rc = inode_get(v, dir, &d);
     if (rc == 0 && !S_ISDIR(d.mode))
         rc = -ENOTDIR;
-    done = rc < 0 ? rc : emit_dots(v, &d, &cookie, want_attr, entry, ctx);
+    done = rc < 0 ? rc : 0;
+    /* A removed directory is empty, without "..": its parent may be gone. */
+    if (rc == 0 && d.nlink > 0)
+        done = emit_dots(v, &d, &cookie, want_attr, entry, ctx);
     rc = done ? 0 : tree_iter_seek(v->tree, &(struct tree_key){.kind = ITEM_DIRENT, .a = dir, .b = cookie + 1}, &it);
     for (; rc == 0 && !done && it.key.kind == ITEM_DIRENT && it.key.a == dir; rc = done ? 0 : tree_iter_next(&it)) {
         const struct disk_dirent *e = (const struct disk_dirent *)it.value;

@@ -1,6 +1,6 @@
 /*
- * names.c - see names.h. A name's item is at one of PROBE_MAX keys from its hash on. A lookup looks at all of them, so that a
- * removal needs no tombstone.
+ * names.c - see names.h. A name's item is at one of PROBE_MAX keys from its hash on. A lookup looks at all of them, so
+ * that a removal needs no tombstone.
  */
 #include "fs/volume/names.h"
 

@@ -325,8 +325,11 @@ static int check_head(const uint8_t *page, uint64_t birth, unsigned level, const
         return complain(c, "reserved", 1, 0);
     if (level > 0 && node_count(page) == 0)
         return complain(c, "count", 0, 1);
-    if (slots_end(page) > NODE_BYTES || le16_get(h->items_start) > NODE_BYTES ||
-        slots_end(page) > le16_get(h->items_start))
+    if (slots_end(page) > NODE_BYTES)
+        return complain(c, "count", node_count(page), 0);
+    if (le16_get(h->items_start) + le16_get(h->items_bytes) != NODE_BYTES)
+        return complain(c, "items' bytes", le16_get(h->items_bytes), NODE_BYTES - le16_get(h->items_start));
+    if (slots_end(page) > le16_get(h->items_start))
         return complain(c, "items start", le16_get(h->items_start), slots_end(page));
     return 0;
 }
@@ -335,7 +338,7 @@ int tree_check_page(const uint8_t *page, uint64_t addr, uint64_t birth, unsigned
 {
     struct complaint c = {why, n, addr};
     const struct disk_slot *s = cslots(page);
-    uint8_t taken[NODE_BYTES / 8] = {0};
+    uint8_t taken[NODE_BYTES] = {0}; /* a byte each, as memset and memchr are fast */
     size_t sum = 0;
     int rc = check_head(page, birth, level, &c);
 
@@ -345,11 +348,9 @@ int tree_check_page(const uint8_t *page, uint64_t addr, uint64_t birth, unsigned
 
         if (len < sizeof(struct disk_key) || off < le16_get(chead(page)->items_start) || off + len > NODE_BYTES)
             return complain(&c, "item's place", off, len);
-        for (size_t k = off; k < off + len; k++) {
-            if (taken[k / 8] >> (k % 8) & 1)
-                return complain(&c, "items overlap at", k, 0);
-            taken[k / 8] |= (uint8_t)(1u << (k % 8));
-        }
+        if (memchr(taken + off, 1, len))
+            return complain(&c, "items overlap at", off, 0);
+        memset(taken + off, 1, len);
         sum += len;
         if (i && memcmp(node_key(page, i - 1), node_key(page, i), sizeof(struct disk_key)) >= 0)
             return complain(&c, "keys not ascending at slot", i, 0);

@@ -1,5 +1,5 @@
-/* refs.c - how many references FUSE holds on each inode (its lookup count). A hash table of its own mutex, in memory only:
- * after a restart nobody holds anything. */
+/* refs.c - how many references FUSE holds on each inode (its lookup count). A hash table of its own mutex, in memory
+ * only: after a restart nobody holds anything. */
 #include "fs/volume/state.h"
 
 #include <stdlib.h>

@@ -77,9 +77,12 @@ static void fd_writeback(struct store *s, uint64_t off, uint64_t len)
 
 static int fd_punch(struct store *s, uint64_t off, uint64_t len)
 {
-    if (fallocate(fd_of(s), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0)
-        return -errno;
-    return 0;
+    int r;
+
+    do
+        r = fallocate(fd_of(s), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : 0;
 }
 
 static int64_t fd_size(struct store *s)

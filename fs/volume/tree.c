@@ -5,14 +5,16 @@
  *  1. A loaded node's parent is loaded; parent->kid[i] is the node of slot i, or NULL when that is not loaded.
  *  2. A dirty node's parent is dirty.
  *  3. A node that was never sealed (no ptr) is dirty.
- *  4. The first key of an inner node never rises while the node lives: a removed first slot hands its key to the next. So a
- *     node's first key is not above any key below it.
+ *  4. A node's first key is not above any key below it; on each level's left edge it is the lowest key there is.
+ *  5. What is below a loaded leaf's range stays below a loaded leaf until tree_trim: nodes are merged with, and leave
+ * their range to, loaded ones only. This is what tree_prefetch promises.
  *
  * Under the shared lock nodes are only added (load_mutex; a kid pointer is published with release order); they change
  * and go only under the exclusive lock.
  */
 #include "fs/volume/node.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -29,11 +31,13 @@ struct node {
     struct node *prev, *next; /* all loaded nodes, a ring for the clock */
     _Atomic(struct node *) *kid;
     _Atomic unsigned kids_loaded;
-    struct disk_ptr ptr;      /* of the sealed version */
-    bool sealed;              /* there is one */
+    struct disk_ptr ptr; /* of the sealed version */
+    bool sealed;         /* there is one */
     bool dirty, assigned;
     _Atomic bool referenced;
-    uint64_t new_addr;        /* when assigned */
+    uint64_t new_addr; /* when assigned */
+    unsigned last;     /* slot of the last insert, and how many before it were made side by side: */
+    int run;           /* positive: rising, negative: falling. A hint for splitting, no more */
     uint8_t page[NODE_BYTES];
 };
 
@@ -41,12 +45,12 @@ struct tree {
     struct tree_io io;
     struct node *root;
     pthread_mutex_t load_mutex;
-    struct node *clock;       /* hand; any loaded node */
+    struct node *clock; /* hand; any loaded node */
     _Atomic size_t nodes, dirty;
-    size_t cache_nodes;       /* clean nodes wanted at most */
-    _Atomic size_t trim_at;   /* clean nodes from which trimming is worth trying */
-    uint64_t unwritten;       /* birth of nodes that tree_written has not confirmed, or 0 */
-    uint64_t *dropped;        /* addresses of nodes that are not in the tree any more */
+    size_t cache_nodes;     /* clean nodes wanted at most */
+    _Atomic size_t trim_at; /* clean nodes from which trimming is worth trying */
+    uint64_t unwritten;     /* birth of nodes that tree_written has not confirmed, or 0 */
+    uint64_t *dropped;      /* addresses of nodes that are not in the tree any more */
     size_t ndropped, dropped_cap;
 };
 
@@ -192,8 +196,8 @@ static bool kid_in_place(const struct node *parent, unsigned i, const struct nod
         return node_level(kid->page) == 0; /* an only leaf of its parent stays, empty */
     if (memcmp(node_key(kid->page, 0), node_key(parent->page, i), sizeof(struct disk_key)) < 0)
         return false;
-    return i + 1 == node_count(parent->page) || memcmp(node_key(kid->page, count - 1), node_key(parent->page, i + 1),
-                                                       sizeof(struct disk_key)) < 0;
+    return i + 1 == node_count(parent->page) ||
+           memcmp(node_key(kid->page, count - 1), node_key(parent->page, i + 1), sizeof(struct disk_key)) < 0;
 }
 
 static int read_kid(struct tree *t, struct node *parent, unsigned i, struct node **ret)
@@ -441,7 +445,8 @@ static void drop_address(struct tree *t, uint64_t addr)
     t->dropped[t->ndropped++] = addr;
 }
 
-/* A node that is not in the tree any more. Its sealed version's address was released already if it was assigned a new one. */
+/* A node that is not in the tree any more. Its sealed version's address was released already if it was assigned a new
+ * one. */
 static void discard(struct tree *t, struct node *n)
 {
     if (n->assigned)
@@ -494,7 +499,7 @@ static void move_slots(struct node *n, unsigned from, struct node *to)
     node_move(n->page, from, to->page);
 }
 
-/* Slots from which on the upper part by bytes begins. */
+/* The slot from which on the upper half by bytes begins; n has two at least. */
 static unsigned middle(const struct node *n)
 {
     size_t half = (NODE_BYTES - node_room(n->page)) / 2, sum = 0;
@@ -507,6 +512,46 @@ static unsigned middle(const struct node *n)
         sum += node_item_bytes(len);
     }
     return MAX(i, 1u);
+}
+
+static bool rightmost(const struct node *n)
+{
+    for (; n->parent; n = n->parent)
+        if (slot_of(n) + 1 < node_count(n->parent->page))
+            return false;
+    return true;
+}
+
+#define RUN_MIN 3
+#define RUN_MAX 1000
+
+static void note_insert(struct node *n, unsigned i)
+{
+    if (i == n->last + 1)
+        n->run = MIN(MAX(n->run, 0) + 1, RUN_MAX);
+    else if (i == n->last)
+        n->run = MAX(MIN(n->run, 0) - 1, -RUN_MAX);
+    else
+        n->run = 0;
+    n->last = i;
+}
+
+/*
+ * Where to split n, which is too full for an item at slot i: keys that rise or fall should leave full nodes behind. The
+ * slot count splits off an empty node. That is only for a rising run or the tree's end: keys that fall towards a full
+ * node would get a node each.
+ */
+static unsigned split_place(const struct node *n, unsigned i)
+{
+    unsigned count = node_count(n->page), mid = middle(n);
+
+    if (i == count && (n->run >= RUN_MIN || rightmost(n)))
+        return count;
+    if (n->run >= RUN_MIN && i > mid)
+        return i;
+    if (n->run <= -RUN_MIN && i < mid)
+        return i;
+    return mid;
 }
 
 static void insert_item(struct tree *t, struct node *n, const struct disk_key *key, const void *value, size_t len,
@@ -524,13 +569,19 @@ static void grow_root(struct tree *t)
     t->root = root;
 }
 
-/* Splits n before slot `at` (its count: the new node is empty, for an item of `key`). Returns the upper part. */
+/* Splits n before slot `at` (its count: the new node is empty, for an item of `key`, and takes over a rising run).
+ * Returns the upper part. */
 static struct node *split(struct tree *t, struct node *n, unsigned at, const struct disk_key *key)
 {
     static const struct disk_ptr none;
     struct node *upper = new_node(t, node_level(n->page));
     struct disk_key first = at < node_count(n->page) ? *node_key(n->page, at) : *key;
 
+    if (at == node_count(n->page)) {
+        upper->run = n->run;
+        upper->last = UINT_MAX; /* before slot 0 */
+        n->run = 0;
+    }
     move_slots(n, at, upper);
     if (!n->parent)
         grow_root(t);
@@ -546,15 +597,14 @@ static void insert_item(struct tree *t, struct node *n, const struct disk_key *k
     unsigned i;
 
     while (node_room(n->page) < node_item_bytes(len)) {
-        /* Behind the last item: leave this node full, as keys that rise want it. */
-        bool append = node_search(n->page, key, &exact) == node_count(n->page);
-        struct node *upper = split(t, n, append ? node_count(n->page) : middle(n), key);
+        struct node *upper = split(t, n, split_place(n, node_search(n->page, key, &exact)), key);
 
         if (node_count(upper->page) == 0 || memcmp(key, node_key(upper->page, 0), sizeof(*key)) >= 0)
             n = upper;
     }
     i = node_search(n->page, key, &exact);
     node_insert(n->page, i, key, value, len);
+    note_insert(n, i);
     if (kid)
         kids_open(n, i, node_count(n->page) - 1, kid);
 }
@@ -566,6 +616,18 @@ int tree_prefetch(struct tree *t, const struct tree_key *key)
 
     tree_key_encode(key, &k);
     return descend(t, &k, &it);
+}
+
+/* The inner nodes of the path, dirty, get a first key that is not above key. (Nodes written here have one; the format
+ * asks only that it is not above what is below.) */
+static void lower_path(struct tree_iter *it, const struct disk_key *key)
+{
+    for (unsigned d = 0; d + 1 < it->levels; d++) {
+        struct node *n = it->node[d];
+
+        if (memcmp(node_key(n->page, 0), key, sizeof(*key)) > 0)
+            node_set_key(n->page, 0, key);
+    }
 }
 
 int tree_put(struct tree *t, const struct tree_key *key, const void *value, size_t len)
@@ -596,7 +658,9 @@ int tree_put(struct tree *t, const struct tree_key *key, const void *value, size
             return 0;
         }
         node_remove(leaf->page, i);
+        leaf->run = 0;
     }
+    lower_path(&it, &k);
     insert_item(t, leaf, &k, value, len, NULL);
     return 0;
 }
@@ -625,12 +689,9 @@ int tree_touch(struct tree *t, const struct tree_key *key)
 static void remove_slot(struct node *n, unsigned i)
 {
     unsigned count = node_count(n->page);
-    struct disk_key key = *node_key(n->page, i);
 
     node_remove(n->page, i);
     kids_close(n, i, count);
-    if (i == 0 && count > 1)
-        node_set_key(n->page, 0, &key);
 }
 
 /* Bytes in use above which two neighbours are not merged. */
@@ -669,23 +730,71 @@ static void collapse_root(struct tree *t)
     }
 }
 
+/* The last (or first) leaf below n, if the way to it is loaded; n may be NULL. */
+static struct node *edge_leaf(struct node *n, bool last)
+{
+    while (n && node_level(n->page))
+        n = kid_of(n, last ? node_count(n->page) - 1 : 0);
+    return n;
+}
+
+/* Slot i of parent, loaded down to its first leaf, takes over everything from key on. */
+static void lower_slot(struct tree *t, struct node *parent, unsigned i, const struct disk_key *key)
+{
+    node_set_key(parent->page, i, key);
+    for (struct node *n = kid_of(parent, i); node_level(n->page); n = kid_of(n, 0)) {
+        make_dirty(t, n);
+        node_set_key(n->page, 0, key);
+    }
+}
+
+/*
+ * Takes the empty leaf n out, with the ancestors that hold nothing else, where a loaded neighbour can take over its
+ * range (invariant 5; otherwise it stays, empty). Returns the node that has a slot less, or NULL.
+ */
+static struct node *remove_empty(struct tree *t, struct node *n)
+{
+    struct node *parent, *kid;
+    unsigned i;
+
+    while (n->parent && node_count(n->parent->page) == 1)
+        n = n->parent;
+    parent = n->parent;
+    if (!parent)
+        return NULL;
+    i = slot_of(n);
+    if (i == 0 || !edge_leaf(kid_of(parent, i - 1), true)) {
+        struct disk_key key = *node_key(parent->page, i);
+
+        if (i + 1 == node_count(parent->page) || !edge_leaf(kid_of(parent, i + 1), false))
+            return NULL;
+        lower_slot(t, parent, i + 1, &key);
+    }
+    remove_slot(parent, i);
+    for (; n; n = kid) {
+        kid = n->kid ? kid_of(n, 0) : NULL;
+        discard(t, n);
+    }
+    return parent;
+}
+
 /* n, which is dirty, has become smaller: takes it out when it is empty, merges it where that costs no reading. */
 static void shrink(struct tree *t, struct node *n)
 {
-    while (n->parent && node_used(n) < MERGE_LOW) {
+    while (n && n->parent && node_used(n) < MERGE_LOW) {
         struct node *parent = n->parent;
         unsigned i = slot_of(n), count = node_count(parent->page);
 
-        if (node_count(n->page) == 0 && count > 1) {
-            remove_slot(parent, i);
-            discard(t, n);
-        } else if (i > 0 && mergeable(kid_of(parent, i - 1), n)) {
-            merge(t, parent, i - 1);
-        } else if (i + 1 < count && mergeable(n, kid_of(parent, i + 1))) {
-            merge(t, parent, i);
-        } else {
-            break;
+        if (node_count(n->page) == 0) {
+            n = remove_empty(t, n);
+            continue;
         }
+        if (i > 0 && mergeable(kid_of(parent, i - 1), n))
+            merge(t, parent, i - 1);
+        else if (i + 1 < count && mergeable(n, kid_of(parent, i + 1)))
+            merge(t, parent, i);
+        else
+            break;
         n = parent;
     }
     collapse_root(t);
@@ -739,9 +848,10 @@ static bool evictable(const struct tree *t, const struct node *n)
 
 void tree_trim(struct tree *t)
 {
-    size_t goal = t->cache_nodes - t->cache_nodes / 8;
+    size_t goal = t->cache_nodes - t->cache_nodes / 8, clean;
 
-    for (size_t steps = 2 * t->nodes; steps && t->nodes > t->dirty + goal; steps--) {
+    /* Two rounds a level: the first takes the mark of use away. */
+    for (size_t steps = 2 * (node_level(t->root->page) + 1) * t->nodes; steps && t->nodes > t->dirty + goal; steps--) {
         struct node *n = t->clock;
 
         t->clock = n->next;
@@ -757,7 +867,8 @@ void tree_trim(struct tree *t)
         node_dispose(n);
     }
     /* What could not go now is not tried again at every call. */
-    t->trim_at = MAX(t->cache_nodes, t->nodes - MIN(t->nodes, t->dirty) + 64);
+    clean = t->nodes - t->dirty;
+    t->trim_at = clean > t->cache_nodes ? clean + 64 : t->cache_nodes;
 }
 
 /* --- checkpoint --- */
@@ -790,12 +901,9 @@ static int assign_below(struct tree *t, struct node *n, const struct tree_space 
 
 int tree_assign(struct tree *t, const struct tree_space *space)
 {
-    int released = (int)t->ndropped, rc;
-
     while (t->ndropped)
         space->release(space->ctx, t->dropped[--t->ndropped]);
-    rc = t->root->dirty ? assign_below(t, t->root, space) : 0;
-    return rc < 0 ? rc : rc + released;
+    return t->root->dirty ? assign_below(t, t->root, space) : 0;
 }
 
 struct sealing {
@@ -853,13 +961,14 @@ int tree_seal(struct tree *t, uint64_t generation, tree_seal_fn seal, void *ctx,
               size_t *ret_n, struct disk_ptr *ret_root, unsigned *ret_root_level)
 {
     struct sealing s = {.tree = t, .generation = generation, .seal = seal, .ctx = ctx};
-    int rc = t->root->dirty ? seal_below(&s, t->root) : 0;
+    int rc;
 
+    t->unwritten = generation; /* also when it fails: what was sealed before that is in memory only */
+    rc = t->root->dirty ? seal_below(&s, t->root) : 0;
     if (rc < 0) {
         tree_pages_free(s.pages, s.n);
         return rc;
     }
-    t->unwritten = generation;
     *ret_pages = s.pages;
     *ret_n = s.n;
     *ret_root = t->root->ptr;

@@ -1,9 +1,9 @@
 /*
  * vcrypt.c - see vcrypt.h and FORMAT.md, which name every key, nonce, MAC and what binds what.
  *
- * Owns the subkeys (struct vkeys, in locked memory). Ciphertext of extents goes between memory and `data` without a copy: a
- * chunk's ciphertext is the middle of its secretstream message, so messages lie in a buffer with stride block + 17 and the
- * I/O vectors name their middles.
+ * Owns the subkeys (struct vkeys, in locked memory). Ciphertext of extents goes between memory and `data` without a
+ * copy: a chunk's ciphertext is the middle of its secretstream message, so messages lie in a buffer with stride block +
+ * 17 and the I/O vectors name their middles.
  */
 #include "fs/volume/vcrypt.h"
 
@@ -138,8 +138,12 @@ int super_open(const struct vkeys *k, unsigned slot, const uint8_t *in, struct d
 
 size_t extent_encode(const struct extent *e, uint8_t out[EXTENT_ITEM_MAX])
 {
-    struct disk_extent d = {.addr = le64_make(e->addr), .birth = le64_make(e->birth), .suite = e->suite,
-                            .chunks = e->chunks, .refs = e->has_refs, .epoch = e->epoch};
+    struct disk_extent d = {.addr = le64_make(e->addr),
+                            .birth = le64_make(e->birth),
+                            .suite = e->suite,
+                            .chunks = e->chunks,
+                            .refs = e->has_refs,
+                            .epoch = e->epoch};
     size_t n = sizeof(d) + e->chunks * sizeof(struct disk_chunk);
 
     memcpy(d.header, e->header, sizeof(d.header));
@@ -165,8 +169,13 @@ int extent_decode(uint64_t id, const uint8_t *value, size_t len, struct extent *
     if (d.chunks < 1 || d.chunks > EXTENT_CHUNKS_MAX || d.refs > 1 || d.suite != SUITE_XCHACHA20 || d.epoch != 0 ||
         len != n + (d.refs ? d.chunks * sizeof(le16) : 0) || le64_get(d.addr) > UINT64_MAX / UNIT_BYTES / 2)
         return -EUCLEAN;
-    *ret = (struct extent){.id = id, .addr = le64_get(d.addr), .birth = le64_get(d.birth), .chunks = d.chunks,
-                           .suite = d.suite, .epoch = d.epoch, .has_refs = d.refs};
+    *ret = (struct extent){.id = id,
+                           .addr = le64_get(d.addr),
+                           .birth = le64_get(d.birth),
+                           .chunks = d.chunks,
+                           .suite = d.suite,
+                           .epoch = d.epoch,
+                           .has_refs = d.refs};
     memcpy(ret->header, d.header, sizeof(ret->header));
     memcpy(ret->chunk, value + sizeof(d), d.chunks * sizeof(struct disk_chunk));
     for (unsigned i = 0; i < d.chunks; i++) {
@@ -282,7 +291,7 @@ int extent_read(const struct vkeys *k, struct store *data, const struct extent *
     uint8_t *buf;
     int rc;
 
-    if (n == 0 || first + n > e->chunks || (size_t)e->chunks * block > EXTENT_BYTES)
+    if (n == 0 || n > e->chunks || first > e->chunks - n || (size_t)e->chunks * block > EXTENT_BYTES)
         return -EBADMSG;
     buf = xmalloc(n * stride);
     for (unsigned i = 0; i < n; i++)

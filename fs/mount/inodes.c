@@ -1,0 +1,170 @@
+/*
+ * inodes.c - which inodes the kernel knows (its lookup counts), and which of them have pages in its cache.
+ *
+ * An open-addressing table, ino -> counts. While a volume is open, the engine holds as many references as stand here;
+ * the table outlives a locking, so that the next opening can take them again and a locking finds all that is cached.
+ * Called by adapter.c and life.c, both under the engine lock where table and engine must agree.
+ */
+#include "mount.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#define SLOTS_MIN 256u
+
+struct slot {
+    uint64_t ino; /* 0: never used; INO_GONE: was used */
+    uint64_t refs;
+    uint32_t writers; /* handles that may write */
+    uint32_t handles;
+    bool opened;
+};
+
+#define INO_GONE UINT64_MAX
+
+static pthread_mutex_t inodes_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
+static struct slot *slots;
+static size_t nslots, nused /* not never used */, nlive;
+
+static struct slot *slot_find(uint64_t ino)
+{
+    for (size_t i = (size_t)(ino * 0x9e3779b97f4a7c15ull >> 20), n = 0; n < nslots; i++, n++) {
+        struct slot *s = &slots[i & (nslots - 1)];
+
+        if (s->ino == ino)
+            return s;
+        if (s->ino == 0)
+            return NULL;
+    }
+    return NULL;
+}
+
+static struct slot *slot_place(uint64_t ino)
+{
+    size_t i = (size_t)(ino * 0x9e3779b97f4a7c15ull >> 20) & (nslots - 1);
+
+    while (slots[i].ino != 0 && slots[i].ino != INO_GONE)
+        i = (i + 1) & (nslots - 1);
+    return &slots[i];
+}
+
+static void slots_resize(size_t n)
+{
+    struct slot *old = slots;
+    size_t nold = nslots;
+
+    slots = xcalloc(n, sizeof(*slots));
+    nslots = n;
+    nused = nlive;
+    for (size_t i = 0; i < nold; i++) {
+        if (old[i].ino != 0 && old[i].ino != INO_GONE)
+            *slot_place(old[i].ino) = old[i];
+    }
+    free(old);
+}
+
+static struct slot *slot_get(uint64_t ino)
+{
+    struct slot *s = slot_find(ino);
+
+    if (s)
+        return s;
+    if (nused * 4 >= nslots * 3) {
+        size_t n = SLOTS_MIN;
+
+        while (n < nlive * 2 + 1)
+            n *= 2;
+        slots_resize(n);
+    }
+    s = slot_place(ino);
+    if (s->ino == 0)
+        nused++;
+    *s = (struct slot){.ino = ino};
+    nlive++;
+    return s;
+}
+
+static void slot_drop_unused(struct slot *s)
+{
+    if (s->refs || s->handles || s->ino == VOLUME_ROOT_INO)
+        return;
+    *s = (struct slot){.ino = INO_GONE};
+    nlive--;
+    /* What an unpacked archive left behind is given back. */
+    if (nslots > SLOTS_MIN * 64 && nlive * 16 < nslots)
+        slots_resize(nslots / 8);
+}
+
+void inodes_ref(uint64_t ino)
+{
+    pthread_mutex_lock(&inodes_lock);
+    slot_get(ino)->refs++;
+    pthread_mutex_unlock(&inodes_lock);
+}
+
+uint64_t inodes_forget(uint64_t ino, uint64_t n)
+{
+    struct slot *s;
+
+    pthread_mutex_lock(&inodes_lock);
+    s = slot_find(ino);
+    n = s ? MIN(n, s->refs) : 0;
+    if (s) {
+        s->refs -= n;
+        slot_drop_unused(s);
+    }
+    pthread_mutex_unlock(&inodes_lock);
+    return n;
+}
+
+void inodes_opened(uint64_t ino, bool write)
+{
+    struct slot *s;
+
+    pthread_mutex_lock(&inodes_lock);
+    s = slot_get(ino);
+    s->opened = true;
+    s->handles++;
+    s->writers += write;
+    pthread_mutex_unlock(&inodes_lock);
+}
+
+void inodes_closed(uint64_t ino, bool write)
+{
+    struct slot *s;
+
+    pthread_mutex_lock(&inodes_lock);
+    s = slot_find(ino);
+    if (s && s->handles) {
+        s->handles--;
+        s->writers -= write && s->writers;
+        slot_drop_unused(s);
+    }
+    pthread_mutex_unlock(&inodes_lock);
+}
+
+size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_refs)
+{
+    uint64_t *ino, *refs = NULL;
+    size_t n = 0;
+
+    pthread_mutex_lock(&inodes_lock);
+    ino = xcalloc(nlive + 1, sizeof(*ino));
+    if (ret_refs)
+        refs = xcalloc(nlive + 1, sizeof(*refs));
+    for (size_t i = 0; i < nslots; i++) {
+        const struct slot *s = &slots[i];
+
+        if (s->ino == 0 || s->ino == INO_GONE || (which == INODES_WRITTEN && !s->writers) ||
+            (which == INODES_OPENED && !s->opened))
+            continue;
+        if (refs)
+            refs[n] = s->refs;
+        ino[n++] = s->ino;
+    }
+    pthread_mutex_unlock(&inodes_lock);
+    *ret_ino = ino;
+    if (ret_refs)
+        *ret_refs = refs;
+    return n;
+}

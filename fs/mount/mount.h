@@ -1,0 +1,164 @@
+/*
+ * mount.h - the parts of coffer-fs, the FUSE server of one volume.
+ *
+ *   coffer-fs.c  main: arguments, descriptors, format and check, the control thread
+ *   channel.c    the two sockets: agent (verdicts, orders) and control (cofferd)
+ *   auth.c       verdicts: who may, remembered per thread; grants and the handles opened under them
+ *   life.c       the state of the volume: locked, opening, open, locking
+ *   inodes.c     which inodes the kernel knows, which are open
+ *   loop.c       reading requests from the device
+ *   adapter.c    the FUSE operations
+ *   sandbox.c    seccomp, Landlock
+ *
+ * Order of locks: engine_lock (life.c), state_lock (life.c), the locks of inodes.c, auth.c and channel.c. Nothing of
+ * another module is called with a module's own lock held, except that life.c calls inodes.c under engine_lock and
+ * channel.c makes grants in auth.c under its own lock.
+ */
+#ifndef COFFER_MOUNT_H
+#define COFFER_MOUNT_H
+
+#include "coffer/server.h"
+#include "fs/base/base.h"
+#include "fs/base/secmem.h"
+
+#include <fuse3/fuse_lowlevel.h>
+
+#define MOUNT_IO_MAX     (1u << 20) /* bytes of one READ or WRITE */
+#define MOUNT_WAIT_MS    AGENT_TIMEOUT_MS
+#define MOUNT_TIMEOUT_S  1e9 /* "without end": one server has the volume, so nothing changes behind the kernel's back */
+
+struct mount_config {
+    const char *name;
+    bool database; /* write-through */
+    bool strict;   /* attributes are asked for at every use */
+};
+extern struct mount_config mount_config;
+
+/* --- auth.c --- */
+
+/*
+ * A grant as long as something refers to it: a remembered verdict, a request at work, a handle. Its handle number (fh)
+ * joins the number of the agent's channel and the agent's number of the grant, so that a new agent's grants are others.
+ */
+struct grant;
+
+/* A verdict in use. kind ALLOW comes with a reference on its grant, for auth_put(). */
+struct auth {
+    uint32_t kind; /* enum agent_verdict_kind */
+    bool read_only;
+    struct grant *grant; /* or NULL */
+};
+
+/* A remembered verdict for the thread, when it is still alive and (write) not read-only. */
+bool auth_cached(pid_t tid, bool write, struct auth *ret);
+/* Remembers it while the thread of pidfd (taken) lives. */
+void auth_remember(pid_t tid, const struct auth *a, int pidfd_take);
+/* Drops the reference; *a is empty then. */
+void auth_put(struct auth *a);
+/* False once the grant has ended. */
+bool auth_live(const struct auth *a);
+/* A reference on the grant; called by channel.c in the order of the agent's messages. NULL for number 0. */
+struct grant *auth_grant_ref(uint64_t epoch, uint64_t number);
+void auth_grant_unref(struct grant *g);
+
+/* Handles: fh of a new one (0: the grant has ended meanwhile), whether it may still be used, and its end. */
+uint64_t auth_handle_open(const struct auth *a);
+int auth_handle_check(uint64_t fh); /* 0 or -EKEYREVOKED */
+void auth_handle_close(uint64_t fh);
+
+/* The agent's orders. */
+void auth_end_grant(uint64_t epoch, uint64_t number);
+void auth_end_all(void);
+/* Another agent speaks from now on: verdicts of older ones are forgotten. */
+void auth_new_agent(uint64_t epoch);
+
+/* --- channel.c --- */
+
+/* Sends what stands in struct agent_auth's fields and waits for the verdict: until 10 s are over, or the request is
+ * interrupted (req may be NULL). flags: enum agent_auth_flags. With AGENT_AUTH_WANT_KEY and a verdict that carries one,
+ * *ret_key is the caller's. params may be NULL. 0 with *ret filled; -EACCES, -ENOKEY, -EINTR. */
+int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, struct key **ret_key,
+                struct volume_params *ret_params);
+/* Starts the thread that reads the agent's channel (SERVER_FD_AGENT). on_lock is called for AGENT_FS_LOCK. */
+int channel_start(void (*on_lock)(void));
+/* Replaces the channel (fd taken): SERVER_AGENT. */
+void channel_renew(int fd_take);
+/* AGENT_FS_LOCKED. */
+void channel_locked(void);
+
+void control_send(uint16_t type, uint64_t id, int err, const char *text); /* a message with struct agent_reply */
+void control_ready(void);
+void control_stat(uint64_t id, const struct server_stat *stat);
+/* For struct volume_options: logs and reports. */
+void control_damage(void *ctx, const char *what);
+/* Logs, SERVER_FAILED. */
+void control_failed(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+/* --- life.c --- */
+
+enum life_flags {
+    LIFE_WRITE = 1 << 0, /* the request changes something */
+    LIFE_PROBE = 1 << 1, /* a stat of the root */
+};
+
+/*
+ * Enters the engine on behalf of the request's caller: asks who it is, opens the volume if need be, waits while it is
+ * opened or locked, at most 10 s. 0 with *ret_volume, and *ret for auth_put(): then life_leave() must follow, even where
+ * the verdict is AGENT_PLACEHOLDER (then *ret_volume is NULL). Or -EACCES, -EROFS, -ENOKEY, -EINTR, -EIO.
+ */
+int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret, struct volume **ret_volume);
+/* Enters by a handle's grant: 0 or -EKEYREVOKED. */
+int life_enter_handle(uint64_t fh, struct volume **ret_volume);
+/* Enters for what the kernel does by itself, also while locking: 0 or -EIO. */
+int life_enter_kernel(struct volume **ret_volume);
+/* Enters whatever the state is; *ret_volume is NULL where it is not open. */
+void life_enter_any(struct volume **ret_volume);
+void life_leave(void);
+/* The volume is open and nothing stands in the way of requests. */
+bool life_is_open(void);
+
+/* Flushes, invalidates and wipes (DESIGN section 5, "Locking a mount"). notify false: the mount is gone. Never from a
+ * thread that serves requests. 0, or the error of volume_close. */
+int life_lock(struct fuse_session *se, bool notify);
+/* Nothing is opened from now on. */
+void life_stop(void);
+
+/* --- inodes.c: the kernel's references, each also one in the engine while a volume is open --- */
+
+void inodes_ref(uint64_t ino);
+/* Returns how many of n references there were. */
+uint64_t inodes_forget(uint64_t ino, uint64_t n);
+/* It has pages in the kernel's cache from now on; write: one handle more that may write. */
+void inodes_opened(uint64_t ino, bool write);
+void inodes_closed(uint64_t ino, bool write);
+enum inodes_which { INODES_WRITTEN, INODES_OPENED, INODES_ALL };
+/* A list of inodes (free it): open for writing, ever opened, all. *ret_refs (or NULL) gets their references. */
+size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_refs);
+
+/* --- loop.c --- */
+
+struct fuse_session *loop_session(void);
+/* Starts the threads on SERVER_FD_FUSE. on_end is called once, when the mount is gone. */
+int loop_start(struct fuse_session *se, void (*on_end)(void));
+
+/* What a thread's request is, beyond what libfuse tells an operation. */
+struct loop_request {
+    uint8_t *out;       /* MOUNT_IO_MAX bytes for the answer, page-aligned; the request's own bytes are elsewhere */
+    uint32_t opcode;    /* the kernel's */
+    bool kill_suidgid;  /* WRITE, CREATE: the caller's write ends set-id bits */
+    bool tmpfile;       /* CREATE is really TMPFILE */
+};
+struct loop_request *loop_request(void);
+
+/* --- adapter.c --- */
+
+extern const struct fuse_lowlevel_ops adapter_ops;
+/* May this request (opcode, tid) be served at once, without waiting for the agent or the volume? */
+bool adapter_ready(uint32_t opcode, uint64_t ino, pid_t tid, bool by_handle);
+
+/* --- sandbox.c --- */
+
+/* Gives up what coffer-fs does not need, for all threads to come. 0 or -errno (a line is logged). */
+int sandbox_enter(void);
+
+#endif

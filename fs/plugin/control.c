@@ -1,0 +1,601 @@
+/*
+ * control.c - see control.h. Owns the control socket.
+ *
+ * Invariants:
+ *  1. Only uid 0 is answered, whatever the socket's mode.
+ *  2. Descriptors that carry secrets are passed on to coffer-keyd and never read here.
+ *  3. Each command is a row of the table: its name, its handler, how many descriptors come along. Anything else is refused.
+ */
+#include "control.h"
+
+#include "agent_client.h"
+#include "mounts.h"
+#include "registry.h"
+#include "supervisor.h"
+#include "volumes.h"
+#include "fs/base/msg.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define REQUEST_MS      10000
+#define SEND_S          10
+#define CONNECTIONS_MAX 64
+#define STATUS_MS       1500
+
+struct request {
+    int sock;
+    json_t *in;
+    int fds[MSG_FDS_MAX];
+    int nfds;
+    json_t *out; /* members of the last answer besides "ok" */
+    struct why why;
+};
+
+static pthread_mutex_t count_lock = PTHREAD_MUTEX_INITIALIZER;
+static unsigned connections; /* (count_lock) */
+static int listener = -1;
+static void (*on_quit)(void);
+
+static void send_json(int sock, json_t *v)
+{
+    char *text = json_dumps(v, JSON_COMPACT);
+
+    if (text)
+        frame_send(sock, text, strlen(text), NULL, 0);
+    free(text);
+    json_decref(v);
+}
+
+static void send_line(void *ctx, const char *text)
+{
+    struct request *r = ctx;
+
+    send_json(r->sock, json_pack("{s:s}", "line", text));
+}
+
+#define MEMBERS(r, list) json_members((r)->in, list, ARRAY_LEN(list), &(r)->why)
+
+/* Requests with a name and nothing else. */
+static int take_name(struct request *r, const char **ret)
+{
+    json_t *name;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}};
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        *ret = json_string_value(name);
+    return rc;
+}
+
+static int no_members(struct request *r)
+{
+    return json_members(r->in, NULL, 0, &r->why);
+}
+
+static int take_volume(struct request *r, json_t *name, struct plugin_volume **ret)
+{
+    const char *s = json_string_value(name);
+
+    *ret = volume_name_ok(s) ? registry_find_ref(s) : NULL;
+    return *ret ? 0 : why_set(&r->why, -ENOENT, "no such volume: %.140s", s);
+}
+
+/* --- the keystore --- */
+
+static int take_kind(struct request *r, bool recovery, struct agent_slot *ret)
+{
+    json_t *kind;
+    const struct json_member members[] = {{"kind", JSON_STRING, true, &kind}};
+    const char *s;
+    int rc = MEMBERS(r, members);
+
+    if (rc < 0)
+        return rc;
+    s = json_string_value(kind);
+    *ret = (struct agent_slot){0};
+    if (!strcmp(s, "passphrase"))
+        ret->kind = AGENT_SLOT_PASSPHRASE;
+    else if (!strcmp(s, "key-file"))
+        ret->kind = AGENT_SLOT_KEY_FILE;
+    else if (recovery && !strcmp(s, "recovery"))
+        ret->kind = AGENT_SLOT_RECOVERY;
+    else
+        return why_set(&r->why, -EINVAL, "unknown kind of slot: %.64s", s);
+    return 0;
+}
+
+static int do_init(struct request *r)
+{
+    struct agent_slot slot;
+    int rc = take_kind(r, false, &slot);
+
+    return rc < 0 ? rc
+                  : agent_call(AGENT_INIT, &slot, sizeof(slot), r->fds, r->nfds, AGENT_REPLY, NULL, 0, AGENT_SLOW_MS,
+                               &r->why);
+}
+
+static int do_unlock(struct request *r)
+{
+    struct agent_slot slot;
+    int rc = take_kind(r, true, &slot);
+
+    if (rc == 0)
+        rc = agent_call(AGENT_UNLOCK, &slot, sizeof(slot), r->fds, r->nfds, AGENT_REPLY, NULL, 0, AGENT_SLOW_MS, &r->why);
+    if (rc == 0) {
+        volumes_reconcile();
+        mounts_agent_up();
+    }
+    return rc;
+}
+
+static int do_lock(struct request *r)
+{
+    int rc = no_members(r);
+
+    return rc < 0 ? rc
+                  : agent_call(AGENT_LOCK, NULL, 0, NULL, 0, AGENT_REPLY, NULL, 0, AGENT_WAIT_MS + AGENT_TIMEOUT_MS,
+                               &r->why);
+}
+
+static int do_status(struct request *r)
+{
+    struct agent_status st = {0};
+    struct plugin_volume **all;
+    size_t n, mounted = 0;
+    struct why ignored;
+    bool agent;
+    int rc = no_members(r);
+
+    if (rc < 0)
+        return rc;
+    /* Bounded: `coffer up` waits for this answer, not for coffer-keyd. */
+    agent = supervisor_is_up() && agent_call(AGENT_STATUS, NULL, 0, NULL, 0, AGENT_STATUS, &st, sizeof(st), STATUS_MS,
+                                             &ignored) == 0;
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n; i++) {
+        mounted += mounts_busy(all[i]);
+        registry_unref(all[i]);
+    }
+    free(all);
+    r->out = json_pack("{s:b, s:b, s:I, s:I, s:I, s:s, s:s, s:b, s:s}", "initialised", (int)st.initialised, "unlocked",
+                       (int)st.unlocked, "slots", (json_int_t)st.slots, "volumes", (json_int_t)n, "mounted",
+                       (json_int_t)mounted, "driver", plugin_config.driver, "plugin_socket",
+                       plugin_config.plugin_socket, "agent", (int)agent, "version", COFFERD_VERSION);
+    return 0;
+}
+
+/* --- volumes --- */
+
+static int take_number(struct request *r, json_t *v, const char *key, uint64_t max, uint64_t *ret)
+{
+    if (!v)
+        return 0;
+    if (json_integer_value(v) < 0 || (uint64_t)json_integer_value(v) > max)
+        return why_set(&r->why, -EINVAL, "\"%s\" is out of range", key);
+    *ret = (uint64_t)json_integer_value(v);
+    return 0;
+}
+
+static int take_u32(struct request *r, json_t *v, const char *key, uint32_t max, uint32_t *ret)
+{
+    uint64_t x = *ret;
+    int rc = take_number(r, v, key, max, &x);
+
+    *ret = (uint32_t)x;
+    return rc;
+}
+
+static int take_rules(struct request *r, json_t *list, bool deny, struct volume_spec *s)
+{
+    json_t *v;
+    size_t i;
+
+    json_array_foreach(list, i, v) {
+        int rc = json_is_string(v) ? volumes_spec_add_rule(s, deny, json_string_value(v), json_string_length(v), &r->why)
+                                   : why_set(&r->why, -EINVAL, "a rule is not a text");
+
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+static int take_spec(struct request *r, const char **ret_name, struct volume_spec *s)
+{
+    json_t *name, *size, *block, *profile, *allow, *deny, *uid, *gid, *mode, *strict;
+    const struct json_member members[] = {
+        {"name", JSON_STRING, true, &name},   {"size", JSON_INTEGER, false, &size},
+        {"block", JSON_INTEGER, false, &block}, {"profile", JSON_STRING, false, &profile},
+        {"allow", JSON_ARRAY, false, &allow}, {"deny", JSON_ARRAY, false, &deny},
+        {"uid", JSON_INTEGER, false, &uid},   {"gid", JSON_INTEGER, false, &gid},
+        {"mode", JSON_INTEGER, false, &mode}, {"strict", JSON_TRUE, false, &strict},
+    };
+    int rc = MEMBERS(r, members);
+
+    if (rc < 0)
+        return rc;
+    *ret_name = json_string_value(name);
+    s->strict = json_is_true(strict);
+    if (profile && !strcmp(json_string_value(profile), "database"))
+        s->profile = VOLUME_PROFILE_DATABASE;
+    else if (profile && strcmp(json_string_value(profile), "general") != 0)
+        return why_set(&r->why, -EINVAL, "profile: give general or database");
+    if ((rc = take_number(r, size, "size", INT64_MAX, &s->size)) < 0 ||
+        (rc = take_u32(r, block, "block", UINT32_MAX, &s->block)) < 0 ||
+        (rc = take_u32(r, uid, "uid", UINT32_MAX - 1, &s->uid)) < 0 ||
+        (rc = take_u32(r, gid, "gid", UINT32_MAX - 1, &s->gid)) < 0 ||
+        (rc = take_u32(r, mode, "mode", 07777, &s->mode)) < 0 || (rc = take_rules(r, allow, false, s)) < 0 ||
+        (rc = take_rules(r, deny, true, s)) < 0)
+        return rc;
+    if (size && s->size == 0)
+        return why_set(&r->why, -EINVAL, "size: give 64M to 16T");
+    return volumes_spec_check(s, &r->why);
+}
+
+static int put_volume(struct request *r, const char *name)
+{
+    struct plugin_volume *v = registry_find_ref(name);
+
+    if (!v)
+        return why_set(&r->why, -ENOENT, "no such volume: %.140s", name);
+    r->out = json_pack("{s:o}", "volume", volumes_inspect(v, supervisor_is_up()));
+    registry_unref(v);
+    return 0;
+}
+
+static int do_create(struct request *r)
+{
+    struct volume_spec spec;
+    const char *name = NULL;
+    int rc;
+
+    volumes_spec_init(&spec);
+    rc = take_spec(r, &name, &spec);
+    if (rc == 0)
+        rc = volumes_create(name, &spec, false, &r->why);
+    if (rc == 0)
+        rc = put_volume(r, name);
+    volume_spec_clear(&spec);
+    return rc;
+}
+
+static int do_ls(struct request *r)
+{
+    struct plugin_volume **all;
+    json_t *list = json_array();
+    struct why ignored;
+    bool ask;
+    size_t n;
+    int rc = no_members(r);
+
+    if (rc < 0) {
+        json_decref(list);
+        return rc;
+    }
+    ask = supervisor_is_up() && agent_need_unlocked(&ignored) == 0;
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n; i++) {
+        json_array_append_new(list, volumes_inspect(all[i], ask));
+        registry_unref(all[i]);
+    }
+    free(all);
+    r->out = json_pack("{s:o}", "volumes", list);
+    return 0;
+}
+
+static int do_inspect(struct request *r)
+{
+    const char *name = NULL;
+    int rc = take_name(r, &name);
+
+    return rc < 0 ? rc : put_volume(r, name);
+}
+
+static int do_rm(struct request *r)
+{
+    const char *name = NULL;
+    int rc = take_name(r, &name);
+
+    return rc < 0 ? rc : volumes_remove(name, &r->why);
+}
+
+static int do_check(struct request *r)
+{
+    json_t *name, *data;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"data", JSON_TRUE, false, &data}};
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = volumes_check(json_string_value(name), json_is_true(data), send_line, r, &r->why);
+    if (rc < 0)
+        return rc;
+    r->out = json_pack("{s:i}", "findings", rc);
+    return 0;
+}
+
+/* --- mounts --- */
+
+static int do_mount(struct request *r)
+{
+    json_t *name, *dir;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"dir", JSON_STRING, true, &dir}};
+    struct plugin_volume *v = NULL;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = mounts_local_mount(v, json_string_value(dir), &r->why);
+    if (rc == 0)
+        r->out = json_pack("{s:s}", "mountpoint", json_string_value(dir));
+    registry_unref(v);
+    return rc;
+}
+
+static int do_umount(struct request *r)
+{
+    json_t *dir;
+    const struct json_member members[] = {{"dir", JSON_STRING, true, &dir}};
+    int rc = MEMBERS(r, members);
+
+    return rc < 0 ? rc : mounts_local_umount(json_string_value(dir), &r->why);
+}
+
+/* --- policy --- */
+
+static int do_policy_show(struct request *r)
+{
+    struct plugin_volume *v = NULL;
+    json_t *rules, *name;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}};
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = agent_rules_get(v->name, &rules, &r->why);
+    if (rc == 0)
+        r->out = json_pack("{s:o}", "rules", rules);
+    registry_unref(v);
+    return rc;
+}
+
+static int change_policy(struct request *r, json_t *name, uint16_t type, bool deny, json_t *rule)
+{
+    struct plugin_volume *v = NULL;
+    int rc = take_volume(r, name, &v);
+
+    if (rc == 0)
+        rc = agent_rule(type, v->name, deny, json_string_value(rule), &r->why);
+    if (rc == 0)
+        volumes_refresh_rules(v);
+    registry_unref(v);
+    return rc;
+}
+
+static int add_rule(struct request *r, bool deny)
+{
+    json_t *name, *rule;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"rule", JSON_STRING, true, &rule}};
+    int rc = MEMBERS(r, members);
+
+    return rc < 0 ? rc : change_policy(r, name, AGENT_RULE_ADD, deny, rule);
+}
+
+static int do_policy_allow(struct request *r)
+{
+    return add_rule(r, false);
+}
+
+static int do_policy_deny(struct request *r)
+{
+    return add_rule(r, true);
+}
+
+static int do_policy_remove(struct request *r)
+{
+    json_t *name, *rule, *effect;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"rule", JSON_STRING, true, &rule},
+                                          {"effect", JSON_STRING, true, &effect}};
+    int rc = MEMBERS(r, members);
+    const char *e;
+
+    if (rc < 0)
+        return rc;
+    e = json_string_value(effect);
+    if (strcmp(e, "allow") != 0 && strcmp(e, "deny") != 0)
+        return why_set(&r->why, -EINVAL, "\"effect\" is allow or deny");
+    return change_policy(r, name, AGENT_RULE_RM, !strcmp(e, "deny"), rule);
+}
+
+static int do_why(struct request *r)
+{
+    json_t *name, *pid, *write;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"pid", JSON_INTEGER, true, &pid},
+                                          {"write", JSON_TRUE, false, &write}};
+    struct plugin_volume *v = NULL;
+    struct agent_why ask = {0};
+    uint64_t n = 0;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_number(r, pid, "pid", INT32_MAX, &n);
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc < 0)
+        return rc;
+    snprintf(ask.name, sizeof(ask.name), "%s", v->name);
+    ask.pid = (int32_t)n;
+    ask.write = json_is_true(write);
+    registry_unref(v);
+    rc = agent_call(AGENT_WHY, &ask, sizeof(ask), NULL, 0, AGENT_REPLY, NULL, 0, AGENT_WAIT_MS, &r->why);
+    if (rc < 0 && rc != -EACCES)
+        return rc;
+    r->out = json_pack("{s:b, s:s}", "allowed", rc == 0, "reason", r->why.text);
+    return 0;
+}
+
+/* --- the end --- */
+
+static int do_down(struct request *r)
+{
+    json_t *force;
+    const struct json_member members[] = {{"force", JSON_TRUE, false, &force}};
+    struct why ignored;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = mounts_down(json_is_true(force), &r->why);
+    if (rc < 0)
+        return rc;
+    if (supervisor_is_up())
+        agent_call(AGENT_LOCK, NULL, 0, NULL, 0, AGENT_REPLY, NULL, 0, AGENT_WAIT_MS, &ignored);
+    supervisor_stop();
+    unlink(plugin_config.plugin_socket);
+    unlink(plugin_config.control_socket);
+    return 0;
+}
+
+/* --- requests --- */
+
+static const struct command {
+    const char *cmd;
+    int (*run)(struct request *r);
+    int nfds;
+} commands[] = {
+    {"init", do_init, 2},
+    {"unlock", do_unlock, 1},
+    {"lock", do_lock, 0},
+    {"status", do_status, 0},
+    {"volume create", do_create, 0},
+    {"volume ls", do_ls, 0},
+    {"volume inspect", do_inspect, 0},
+    {"volume rm", do_rm, 0},
+    {"volume check", do_check, 0},
+    {"mount", do_mount, 0},
+    {"umount", do_umount, 0},
+    {"policy show", do_policy_show, 0},
+    {"policy allow", do_policy_allow, 0},
+    {"policy deny", do_policy_deny, 0},
+    {"policy remove", do_policy_remove, 0},
+    {"why", do_why, 0},
+    {"down", do_down, 0},
+};
+
+static int dispatch(struct request *r, const struct command **ret_command)
+{
+    const char *cmd = json_string_value(json_object_get(r->in, "cmd"));
+
+    if (!cmd)
+        return why_set(&r->why, -EINVAL, "the request lacks \"cmd\"");
+    for (size_t i = 0; i < ARRAY_LEN(commands); i++) {
+        if (strcmp(cmd, commands[i].cmd) != 0)
+            continue;
+        if (r->nfds != commands[i].nfds)
+            return why_set(&r->why, -EINVAL, "\"%s\" comes with %d descriptors", cmd, commands[i].nfds);
+        *ret_command = &commands[i];
+        return commands[i].run(r);
+    }
+    return why_set(&r->why, -EINVAL, "unknown command \"%.64s\"", cmd);
+}
+
+static bool peer_is_root(int sock)
+{
+    struct ucred cred;
+    socklen_t len = sizeof(cred);
+
+    return getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0 && cred.uid == 0;
+}
+
+static void answer(struct request *r, int rc)
+{
+    json_t *out = r->out ? r->out : json_object();
+
+    json_object_set_new(out, "ok", json_boolean(rc >= 0));
+    if (rc < 0)
+        json_object_set_new(out, "error", json_string(r->why.text));
+    send_json(r->sock, out);
+}
+
+static void serve(int sock)
+{
+    const struct command *command = NULL;
+    struct request r = {.sock = sock};
+    struct timeval tv = {.tv_sec = SEND_S};
+    char *buf = NULL;
+    size_t n;
+    int rc;
+
+    setsockopt(sock, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof(tv));
+    if (!peer_is_root(sock) || frame_recv(sock, &buf, &n, r.fds, &r.nfds, REQUEST_MS) < 0)
+        return;
+    rc = json_parse(buf, n, &r.in, &r.why);
+    if (rc == 0)
+        rc = dispatch(&r, &command);
+    answer(&r, rc);
+    for (int i = 0; i < r.nfds; i++)
+        close_quiet(r.fds[i]);
+    json_decref(r.in);
+    free(buf);
+    if (rc == 0 && command && command->run == do_down)
+        on_quit();
+}
+
+static void *serve_thread(void *arg)
+{
+    int sock = (int)(intptr_t)arg;
+
+    serve(sock);
+    close_quiet(sock);
+    pthread_mutex_lock(&count_lock);
+    connections--;
+    pthread_mutex_unlock(&count_lock);
+    return NULL;
+}
+
+static bool count_one(void)
+{
+    bool room;
+
+    pthread_mutex_lock(&count_lock);
+    room = connections < CONNECTIONS_MAX;
+    connections += room;
+    pthread_mutex_unlock(&count_lock);
+    return room;
+}
+
+static void *accept_thread(void *arg)
+{
+    (void)arg;
+    for (;;) {
+        int sock = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+
+        if (sock < 0) {
+            sleep_ms(errno == EMFILE || errno == ENFILE ? 100 : 1);
+            continue;
+        }
+        if (!count_one()) {
+            close_quiet(sock);
+        } else if (thread_start(serve_thread, (void *)(intptr_t)sock) < 0) {
+            close_quiet(sock);
+            pthread_mutex_lock(&count_lock);
+            connections--;
+            pthread_mutex_unlock(&count_lock);
+        }
+    }
+    return NULL;
+}
+
+int control_serve_start(void (*quit)(void), struct why *why)
+{
+    on_quit = quit;
+    listener = unix_listen(plugin_config.control_socket, SOCK_STREAM, 0600);
+    if (listener < 0)
+        return why_set(why, listener, "cannot listen at %s: %s", plugin_config.control_socket, strerror(-listener));
+    return thread_start(accept_thread, NULL);
+}

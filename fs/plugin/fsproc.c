@@ -1,0 +1,693 @@
+/*
+ * fsproc.c - see fsproc.h. Owns each coffer-fs process: its pidfd, its control channel, and our end of its life.
+ *
+ *   STARTING --ready--> SERVING --stop--> STOPPING --exited--> GONE
+ *       |                  |                                     ^
+ *       +--failed/exited---+--exited (owner->died)---------------+
+ *
+ * The table `steps` is this drawing. Invariants:
+ *  1. Only the process's own thread reads its channel, reaps it and moves its state; others ask through p->want and wait
+ *     on p->changed.
+ *  2. GONE is final: the process has been reaped (or, adopted, has been seen to end).
+ *  3. The owner is called by that thread, without p->lock. Until a server is handed over, its owner is `nobody`.
+ */
+#include "fsproc.h"
+
+#include "agent_client.h"
+#include "spawn.h"
+#include "fs/base/msg.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define READY_MS        10000
+#define REFRESH_MIN_MS  500
+#define DAMAGE_BURST    20 /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
+#define DAMAGE_PERIOD_MS 60000
+
+enum fsproc_state { FS_STARTING, FS_SERVING, FS_STOPPING, FS_GONE, FS_STATES };
+enum fsproc_event { EV_READY, EV_FAILED, EV_STOP, EV_EXITED, FS_EVENTS };
+
+struct check {
+    void (*line)(void *ctx, const char *text);
+    void *ctx;
+    uint64_t id; /* 0: any */
+    int lines;
+    bool done;
+    int result;
+};
+
+struct fsproc {
+    char name[AGENT_NAME_MAX];
+    struct process process;
+    int pidfd, ctl, kick; /* ctl -1: adopted */
+    bool ours;            /* a child: to be reaped */
+    int64_t damage_since; /* mono_ns; of the process's thread */
+    int damages;
+    pthread_mutex_t lock; /* what follows */
+    pthread_cond_t changed;
+    unsigned refs;
+    enum fsproc_state state;
+    const struct fsproc_owner *owner;
+    void *ctx;
+    char failed[AGENT_TEXT_MAX]; /* what SERVER_FAILED said */
+    int exit_status;
+    bool want_stat;
+    int64_t asked_stat;   /* mono_ns */
+    uint64_t stats_seen;
+    struct server_stat stat;
+    struct check *check;  /* under way */
+    uint64_t next_id;
+    uint64_t agent_generation;
+};
+
+/* --- the owner of a server that nobody has been handed yet --- */
+
+static void nobody_free(void *ctx)
+{
+    (void)ctx;
+}
+
+static void nobody_event(void *ctx, struct fsproc *p)
+{
+    (void)ctx;
+    (void)p;
+}
+
+static void nobody_died(void *ctx, struct fsproc *p, const char *how)
+{
+    (void)ctx;
+    (void)p;
+    (void)how;
+}
+
+static void nobody_unlocked(void *ctx, bool unlocked)
+{
+    (void)ctx;
+    (void)unlocked;
+}
+
+static const struct fsproc_owner nobody = {nobody_died, nobody_event, nobody_event, nobody_unlocked, nobody_free};
+
+/* --- states --- */
+
+static const struct {
+    enum fsproc_state next;
+    bool died; /* tell the owner */
+} steps[FS_STATES][FS_EVENTS] = {
+    [FS_STARTING] = {[EV_READY] = {FS_SERVING, false}, [EV_FAILED] = {FS_STARTING, false},
+                     [EV_STOP] = {FS_STOPPING, false}, [EV_EXITED] = {FS_GONE, false}},
+    [FS_SERVING] = {[EV_READY] = {FS_SERVING, false}, [EV_FAILED] = {FS_SERVING, false},
+                    [EV_STOP] = {FS_STOPPING, false}, [EV_EXITED] = {FS_GONE, true}},
+    [FS_STOPPING] = {[EV_READY] = {FS_STOPPING, false}, [EV_FAILED] = {FS_STOPPING, false},
+                     [EV_STOP] = {FS_STOPPING, false}, [EV_EXITED] = {FS_GONE, false}},
+    [FS_GONE] = {[EV_READY] = {FS_GONE, false}, [EV_FAILED] = {FS_GONE, false}, [EV_STOP] = {FS_GONE, false},
+                 [EV_EXITED] = {FS_GONE, false}},
+};
+
+/* Who is to be told, as of now. */
+struct listener {
+    const struct fsproc_owner *owner;
+    void *ctx;
+    bool died;
+};
+
+static struct listener step(struct fsproc *p, enum fsproc_event event)
+{
+    struct listener l;
+
+    pthread_mutex_lock(&p->lock);
+    l = (struct listener){p->owner, p->ctx, steps[p->state][event].died};
+    p->state = steps[p->state][event].next;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+    return l;
+}
+
+static struct listener listener(struct fsproc *p)
+{
+    struct listener l;
+
+    pthread_mutex_lock(&p->lock);
+    l = (struct listener){p->owner, p->ctx, false};
+    pthread_mutex_unlock(&p->lock);
+    return l;
+}
+
+/* Waits for p->changed until end (mono_ns); p->lock held. False at the end of time. */
+static bool wait_changed(struct fsproc *p, int64_t end)
+{
+    struct timespec ts = {end / 1000000000, end % 1000000000};
+
+    return pthread_cond_clockwait(&p->changed, &p->lock, CLOCK_MONOTONIC, &ts) != ETIMEDOUT;
+}
+
+/* --- life --- */
+
+static struct fsproc *fsproc_new(const char *name, const struct fsproc_owner *owner, void *ctx)
+{
+    struct fsproc *p = xcalloc(1, sizeof(*p));
+
+    snprintf(p->name, sizeof(p->name), "%s", name);
+    p->pidfd = p->ctl = -1;
+    p->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    p->owner = owner;
+    p->ctx = ctx;
+    p->refs = 1;
+    p->next_id = 1;
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->changed, NULL);
+    return p;
+}
+
+struct fsproc *fsproc_ref(struct fsproc *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->refs++;
+    pthread_mutex_unlock(&p->lock);
+    return p;
+}
+
+void fsproc_unref(struct fsproc *p)
+{
+    unsigned left;
+
+    if (!p)
+        return;
+    pthread_mutex_lock(&p->lock);
+    left = --p->refs;
+    pthread_mutex_unlock(&p->lock);
+    if (left)
+        return;
+    close_quiet(p->pidfd);
+    close_quiet(p->ctl);
+    close_quiet(p->kick);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->changed);
+    free(p);
+}
+
+bool fsproc_has_channel(const struct fsproc *p)
+{
+    return p->ctl >= 0;
+}
+
+struct process fsproc_process(const struct fsproc *p)
+{
+    return p->process;
+}
+
+static void kick(struct fsproc *p)
+{
+    uint64_t one = 1;
+
+    (void)!write(p->kick, &one, sizeof(one));
+}
+
+/* --- messages from coffer-fs --- */
+
+/* The text of a struct agent_reply from a process that may have been taken over: checked, one printable line. */
+static bool take_text(const struct agent_reply *r, uint32_t len, char out[AGENT_TEXT_MAX])
+{
+    if (len != sizeof(*r) || !memchr(r->text, 0, sizeof(r->text)))
+        return false;
+    escape_text(r->text, out, AGENT_TEXT_MAX);
+    return true;
+}
+
+static void take_damage(struct fsproc *p, const char *text)
+{
+    if (mono_ns() - p->damage_since > (int64_t)DAMAGE_PERIOD_MS * 1000000) {
+        p->damage_since = mono_ns();
+        p->damages = 0;
+    }
+    if (++p->damages > DAMAGE_BURST)
+        return;
+    log_err("volume %s: damaged: %s; run coffer volume check %s", p->name, text, p->name);
+    agent_note(p->name, "damage", text);
+}
+
+static void take_check_end(struct fsproc *p, uint64_t id, int result)
+{
+    pthread_mutex_lock(&p->lock);
+    if (p->check && p->check->id == id) {
+        p->check->result = result;
+        p->check->done = true;
+        p->check = NULL;
+        pthread_cond_broadcast(&p->changed);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void take_line(struct fsproc *p, uint64_t id, const char *text)
+{
+    pthread_mutex_lock(&p->lock);
+    /* The asker waits on p->changed, so its callback's context lives. */
+    if (p->check && (p->check->id == id || p->check->id == 0)) {
+        p->check->lines++;
+        p->check->line(p->check->ctx, text);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void take_stat(struct fsproc *p, const struct server_stat *st)
+{
+    struct listener l;
+
+    pthread_mutex_lock(&p->lock);
+    p->stat = *st;
+    p->stats_seen++;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+    l = listener(p);
+    l.owner->unlocked(l.ctx, st->unlocked);
+}
+
+/* Takes one message. False when the channel is at its end or says what it must not. */
+static bool take_message(struct fsproc *p)
+{
+    union {
+        struct agent_reply reply;
+        struct server_stat stat;
+    } body;
+    char text[AGENT_TEXT_MAX];
+    struct msg_head head;
+    int rc = msg_recv(p->ctl, &head, &body, sizeof(body), NULL, NULL, 0);
+
+    if (rc == -ETIMEDOUT || rc == -EAGAIN)
+        return true;
+    if (rc < 0)
+        return false;
+    if (head.type == SERVER_READY && head.len == 0) {
+        step(p, EV_READY);
+    } else if (head.type == SERVER_STAT && head.len == sizeof(body.stat)) {
+        take_stat(p, &body.stat);
+    } else if (!take_text(&body.reply, head.len, text)) {
+        return false;
+    } else if (head.type == SERVER_FAILED) {
+        pthread_mutex_lock(&p->lock);
+        memcpy(p->failed, text, sizeof(p->failed));
+        pthread_mutex_unlock(&p->lock);
+        step(p, EV_FAILED);
+    } else if (head.type == SERVER_DAMAGE) {
+        take_damage(p, text);
+    } else if (head.type == SERVER_LINE) {
+        take_line(p, head.id, text);
+    } else if (head.type == SERVER_REPLY) {
+        take_check_end(p, head.id, body.reply.err);
+    } else {
+        return false;
+    }
+    return true;
+}
+
+/* --- the thread --- */
+
+static void send_wanted(struct fsproc *p)
+{
+    struct msg_head head = {.type = SERVER_STAT};
+    uint64_t n;
+
+    (void)!read(p->kick, &n, sizeof(n));
+    pthread_mutex_lock(&p->lock);
+    if (p->want_stat && p->ctl >= 0) {
+        head.id = p->next_id++;
+        p->asked_stat = mono_ns();
+        msg_send(p->ctl, &head, NULL, NULL, 0);
+    }
+    p->want_stat = false;
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* It has ended: reads what it said last, reaps it, and says how it went. */
+static void bury(struct fsproc *p, char *how, size_t n)
+{
+    while (p->ctl >= 0) {
+        struct pollfd f = {.fd = p->ctl, .events = POLLIN};
+
+        if (poll(&f, 1, 0) <= 0 || !take_message(p))
+            break;
+    }
+    p->exit_status = p->ours ? spawn_reap(p->pidfd) : 0;
+    if (p->exit_status > 128)
+        snprintf(how, n, "killed by signal %d", p->exit_status - 128);
+    else
+        snprintf(how, n, "exit status %d%s%s", p->exit_status, p->failed[0] ? ": " : "", p->failed);
+    pthread_mutex_lock(&p->lock);
+    if (p->check) {
+        p->check->result = -ECONNRESET;
+        p->check->done = true;
+        p->check = NULL;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void *watch(void *arg)
+{
+    struct fsproc *p = arg;
+    bool channel = p->ctl >= 0;
+    struct listener l;
+    int64_t ticked = mono_ns();
+    char how[AGENT_TEXT_MAX + 64];
+
+    for (;;) {
+        struct pollfd f[3] = {{.fd = p->pidfd, .events = POLLIN},
+                              {.fd = p->kick, .events = POLLIN},
+                              {.fd = channel ? p->ctl : -1, .events = POLLIN}};
+        int r = poll(f, 3, FSPROC_TICK_MS);
+
+        if (r < 0)
+            continue;
+        if (f[2].revents && !take_message(p)) {
+            channel = false;
+            if (!f[0].revents)
+                log_err("volume %s: coffer-fs closed its control channel", p->name);
+        }
+        if (f[1].revents)
+            send_wanted(p);
+        if (f[0].revents)
+            break;
+        if (mono_ns() - ticked > (int64_t)FSPROC_TICK_MS * 1000000) {
+            l = listener(p);
+            l.owner->tick(l.ctx, p);
+            ticked = mono_ns();
+        }
+    }
+    bury(p, how, sizeof(how));
+    l = step(p, EV_EXITED);
+    if (l.died)
+        l.owner->died(l.ctx, p, how);
+    else
+        l.owner->ended(l.ctx, p);
+    l.owner->free(l.ctx);
+    fsproc_unref(p);
+    return NULL;
+}
+
+/* --- starting --- */
+
+static void log_missing_privilege(void)
+{
+    static bool said;
+
+    if (!said && access("/proc/self/oom_score_adj", W_OK) == 0) {
+        FILE *f = fopen("/proc/self/status", "re");
+        unsigned long long caps = 0;
+        char line[256];
+
+        while (f && fgets(line, sizeof(line), f)) {
+            if (sscanf(line, "CapEff: %llx", &caps) == 1)
+                break;
+        }
+        if (f)
+            fclose(f);
+        if (!(caps >> 24 & 1)) /* CAP_SYS_RESOURCE */
+            log_info("without CAP_SYS_RESOURCE, coffer-fs cannot be kept from the OOM killer (goes on)");
+    }
+    said = true;
+}
+
+static int start_process(const char *const *argv, const int *fds, int nfds, struct process *ret, int *ret_pidfd,
+                         struct why *why)
+{
+    struct spawn s = {.program = "coffer-fs", .argv = argv, .nfds = nfds, .uid = plugin_config.fs_uid,
+                      .gid = plugin_config.fs_gid, .io_flusher = true};
+    int rc;
+
+    memcpy(s.fds, fds, sizeof(int) * (size_t)nfds);
+    log_missing_privilege();
+    rc = spawn_start(&s, ret, ret_pidfd);
+    return rc < 0 ? why_set(why, rc, "cannot start coffer-fs: %s", strerror(-rc)) : 0;
+}
+
+/* Waits until it serves, and hands it to owner; or until it has ended. */
+static int wait_ready(struct fsproc *p, const struct fsproc_owner *owner, void *ctx, struct why *why)
+{
+    int64_t end = mono_ns() + (int64_t)READY_MS * 1000000;
+    int rc = 0;
+
+    pthread_mutex_lock(&p->lock);
+    while (p->state == FS_STARTING && wait_changed(p, end))
+        ;
+    if (p->state == FS_STARTING)
+        rc = why_set(why, -ETIMEDOUT, "coffer-fs was not ready within %d s", READY_MS / 1000);
+    else if (p->state != FS_SERVING)
+        rc = why_set(why, -EIO, "coffer-fs did not start: %s",
+                     p->failed[0] ? p->failed : "see cofferd's log for its last words");
+    if (rc == 0) {
+        p->owner = owner;
+        p->ctx = ctx;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return rc;
+}
+
+/* Our end does not block: a server that does not read must not hold us up. */
+static void take_channel(struct fsproc *p, int fd)
+{
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    p->ctl = fd;
+    p->ours = true;
+}
+
+int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
+                 const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why)
+{
+    const char *argv[8] = {"coffer-fs", "serve", name, NULL};
+    int pair[2], n = 3, rc;
+    struct fsproc *p;
+
+    if (database) {
+        argv[n++] = "--profile";
+        argv[n++] = "database";
+    }
+    if (strict)
+        argv[n++] = "--strict";
+    argv[n] = NULL;
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+        return why_set(why, -errno, "socketpair: %s", strerror(errno));
+    p = fsproc_new(name, &nobody, NULL);
+    take_channel(p, pair[0]);
+    p->agent_generation = fds->agent_generation;
+    rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse}, 5, &p->process,
+                       &p->pidfd, why);
+    close_quiet(pair[1]);
+    if (rc < 0) {
+        fsproc_unref(p);
+        return rc;
+    }
+    fsproc_ref(p); /* the thread's */
+    rc = thread_start(watch, p);
+    if (rc < 0) {
+        spawn_signal(p->pidfd, SIGKILL);
+        spawn_wait_end(p->pidfd, -1);
+        spawn_reap(p->pidfd);
+        fsproc_unref(p);
+        fsproc_unref(p);
+        return why_set(why, rc, "cannot start a thread: %s", strerror(-rc));
+    }
+    rc = wait_ready(p, owner, ctx, why);
+    if (rc < 0) {
+        fsproc_expect_end(p);
+        /* Nothing was served and nothing opened yet: it may be killed. */
+        spawn_signal(p->pidfd, SIGKILL);
+        fsproc_wait_end(p, -1);
+        fsproc_unref(p);
+        return rc;
+    }
+    *ret = p;
+    return 0;
+}
+
+int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
+                 struct fsproc **ret)
+{
+    struct fsproc *p = fsproc_new(name, owner, ctx);
+    int rc;
+
+    p->process = *process;
+    p->pidfd = process_pidfd(process);
+    p->state = FS_SERVING;
+    rc = p->pidfd < 0 ? -ESRCH : 0;
+    if (rc == 0) {
+        fsproc_ref(p);
+        rc = thread_start(watch, p);
+        if (rc < 0)
+            fsproc_unref(p);
+    }
+    if (rc < 0)
+        fsproc_unref(p);
+    else
+        *ret = p;
+    return rc;
+}
+
+/* --- requests of other threads --- */
+
+void fsproc_expect_end(struct fsproc *p)
+{
+    step(p, EV_STOP);
+}
+
+void fsproc_stop(struct fsproc *p)
+{
+    struct msg_head head = {.type = SERVER_STOP};
+
+    fsproc_expect_end(p);
+    pthread_mutex_lock(&p->lock);
+    head.id = p->next_id++;
+    pthread_mutex_unlock(&p->lock);
+    if (p->ctl < 0 || msg_send(p->ctl, &head, NULL, NULL, 0) < 0)
+        spawn_signal(p->pidfd, SIGTERM);
+}
+
+int fsproc_wait_end(struct fsproc *p, int ms)
+{
+    int64_t end = ms < 0 ? INT64_MAX : mono_ns() + (int64_t)ms * 1000000;
+    bool gone;
+
+    pthread_mutex_lock(&p->lock);
+    while (p->state != FS_GONE && wait_changed(p, end))
+        ;
+    gone = p->state == FS_GONE;
+    pthread_mutex_unlock(&p->lock);
+    return gone ? 0 : -ETIMEDOUT;
+}
+
+int fsproc_stat(struct fsproc *p, int ms, struct server_stat *ret)
+{
+    int64_t end = mono_ns() + (int64_t)ms * 1000000;
+    uint64_t seen;
+    int rc = 0;
+
+    if (p->ctl < 0)
+        return -ENOTCONN;
+    pthread_mutex_lock(&p->lock);
+    seen = p->stats_seen;
+    p->want_stat = true;
+    kick(p);
+    while (p->stats_seen == seen && p->state == FS_SERVING && wait_changed(p, end))
+        ;
+    if (p->stats_seen == seen)
+        rc = -ETIMEDOUT;
+    else
+        *ret = p->stat;
+    pthread_mutex_unlock(&p->lock);
+    return rc;
+}
+
+void fsproc_refresh(struct fsproc *p)
+{
+    if (p->ctl < 0)
+        return;
+    pthread_mutex_lock(&p->lock);
+    if (mono_ns() - p->asked_stat > (int64_t)REFRESH_MIN_MS * 1000000) {
+        p->want_stat = true;
+        kick(p);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+int fsproc_check(struct fsproc *p, void (*line)(void *ctx, const char *text), void *ctx, struct why *why)
+{
+    struct check c = {.line = line, .ctx = ctx};
+    struct msg_head head = {.type = SERVER_CHECK};
+    int rc;
+
+    if (p->ctl < 0)
+        return why_set(why, -ENOTCONN, "the volume's server was started by an earlier cofferd: unmount it first");
+    pthread_mutex_lock(&p->lock);
+    if (p->check || p->state != FS_SERVING) {
+        pthread_mutex_unlock(&p->lock);
+        return why_set(why, -EBUSY, "a check of this volume is already under way, or it is being unmounted");
+    }
+    c.id = head.id = p->next_id++;
+    p->check = &c;
+    rc = msg_send(p->ctl, &head, NULL, NULL, 0);
+    if (rc < 0)
+        p->check = NULL;
+    while (rc == 0 && !c.done)
+        pthread_cond_wait(&p->changed, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    if (rc == 0)
+        rc = c.result;
+    if (rc == -ENOKEY)
+        return why_set(why, rc, "the volume is mounted and locked: unmount it first, then check it");
+    return rc < 0 ? why_set(why, rc, "the check could not be done: %s", strerror(-rc)) : rc;
+}
+
+int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation)
+{
+    struct msg_head head = {.type = SERVER_AGENT};
+    struct why why;
+    int fd, rc;
+    bool has;
+
+    pthread_mutex_lock(&p->lock);
+    has = p->agent_generation == generation || p->state != FS_SERVING;
+    head.id = p->next_id++;
+    pthread_mutex_unlock(&p->lock);
+    if (has || p->ctl < 0)
+        return 0;
+    rc = agent_bind(name, AGENT_PURPOSE_SERVE, &fd, &why);
+    if (rc < 0)
+        return rc;
+    rc = msg_send(p->ctl, &head, NULL, &fd, 1);
+    close_quiet(fd);
+    if (rc == 0) {
+        pthread_mutex_lock(&p->lock);
+        p->agent_generation = generation;
+        pthread_mutex_unlock(&p->lock);
+    }
+    return rc;
+}
+
+/* --- format and check --- */
+
+int fsproc_run(const char *verb, const char *name, bool data, int agent, int data_fd, int log_fd,
+               void (*line)(void *ctx, const char *text), void *ctx, struct why *why)
+{
+    const char *argv[] = {"coffer-fs", verb, name, data ? "--data" : NULL, NULL};
+    struct check c = {.line = line, .ctx = ctx};
+    struct fsproc *p = fsproc_new(name, &nobody, NULL);
+    int pair[2], rc;
+    char how[AGENT_TEXT_MAX + 64];
+
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
+        rc = why_set(why, -errno, "socketpair: %s", strerror(errno));
+        goto out;
+    }
+    take_channel(p, pair[0]);
+    rc = start_process(argv, (const int[]){pair[1], agent, data_fd, log_fd}, 4, &p->process, &p->pidfd, why);
+    close_quiet(pair[1]);
+    if (rc < 0)
+        goto out;
+    if (line)
+        p->check = &c;
+    for (bool channel = true;;) {
+        struct pollfd f[2] = {{.fd = p->pidfd, .events = POLLIN}, {.fd = channel ? p->ctl : -1, .events = POLLIN}};
+
+        if (poll(f, 2, -1) < 0)
+            continue;
+        if (f[1].revents)
+            channel = take_message(p);
+        else if (f[0].revents)
+            break;
+    }
+    bury(p, how, sizeof(how));
+    rc = p->exit_status;
+    if (rc == 3)
+        rc = MAX(c.lines, 1);
+    else if (rc != 0)
+        rc = why_set(why, -EIO, "coffer-fs %s: %s", verb, p->failed[0] ? p->failed : how);
+out:
+    fsproc_unref(p);
+    return rc;
+}

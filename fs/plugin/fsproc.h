@@ -1,0 +1,67 @@
+/*
+ * fsproc.h - one coffer-fs process that serves a volume (coffer/server.h), watched by a thread of its own; and
+ * coffer-fs run to its end to format or check one.
+ */
+#ifndef COFFER_PLUGIN_FSPROC_H
+#define COFFER_PLUGIN_FSPROC_H
+
+#include "common.h"
+#include "coffer/server.h"
+
+struct fsproc;
+
+/* What its thread tells the owner of a volume; called without any lock held. */
+struct fsproc_owner {
+    void (*died)(void *ctx, struct fsproc *p, const char *how); /* while it should have been serving */
+    void (*ended)(void *ctx, struct fsproc *p);                 /* after fsproc_stop() */
+    void (*tick)(void *ctx, struct fsproc *p);                  /* about every FSPROC_TICK_MS while it serves */
+    void (*unlocked)(void *ctx, bool unlocked);                 /* it answered SERVER_STAT */
+    void (*free)(void *ctx);                                    /* the thread is done with ctx */
+};
+
+#define FSPROC_TICK_MS 5000
+
+/* The descriptors that a new server gets; they stay the caller's. */
+struct fsproc_fds {
+    int agent, data, log, fuse;
+    uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
+};
+
+/*
+ * Starts `coffer-fs serve` and waits until it is ready (10 s). 0 with a reference in *ret; from then on owner is called,
+ * with ctx, until owner->free. After an error (reason in *why) it is dead and ctx is still the caller's.
+ */
+int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
+                 const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why);
+/* Watches a server that an earlier cofferd started; there is no channel to it. 0 or -ESRCH. */
+int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
+                 struct fsproc **ret);
+struct fsproc *fsproc_ref(struct fsproc *p);
+void fsproc_unref(struct fsproc *p);
+
+/* False for one that an earlier cofferd started: it cannot be asked or told anything. */
+bool fsproc_has_channel(const struct fsproc *p);
+struct process fsproc_process(const struct fsproc *p);
+/* The end is expected from now on: it is not `died` any more. */
+void fsproc_expect_end(struct fsproc *p);
+/* Tells it to flush and exit (SIGTERM where there is no channel). */
+void fsproc_stop(struct fsproc *p);
+/* Waits until it has ended. 0 or -ETIMEDOUT. */
+int fsproc_wait_end(struct fsproc *p, int ms);
+/* Asks for its figures and waits at most ms for them. 0, -ETIMEDOUT, or -ENOTCONN without a channel. */
+int fsproc_stat(struct fsproc *p, int ms, struct server_stat *ret);
+/* Asks for its figures without waiting: the owner's unlocked() hears. At most every half second. */
+void fsproc_refresh(struct fsproc *p);
+/* Checks the mounted volume; line() gets the findings. Their number, or -errno with the reason. */
+int fsproc_check(struct fsproc *p, void (*line)(void *ctx, const char *text), void *ctx, struct why *why);
+/* Hands it a volume channel made with the agent's generation-th process, unless it has one. 0 or -errno. */
+int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation);
+
+/*
+ * Runs `coffer-fs format` or `check` to its end. Returns 0 or the number of findings (at least 1 when the volume is
+ * damaged), or -errno with the reason.
+ */
+int fsproc_run(const char *verb, const char *name, bool data, int agent, int data_fd, int log_fd,
+               void (*line)(void *ctx, const char *text), void *ctx, struct why *why);
+
+#endif

@@ -1,0 +1,1087 @@
+/*
+ * mounts.c - see mounts.h. Owns the mountpoints below <run>/mnt, each mount's /dev/fuse descriptor, and the counts of
+ * holders.
+ *
+ *   IDLE --mount--> SERVING --last holder gone--> (unmount) STOPPING --server ended--> IDLE
+ *                    |   ^  \--but a namespace still has it--> LINGERING --gone there too--> (unmount) STOPPING
+ *        server died |   | started anew                         |  ^ mount: SERVING again
+ *                    v   |                                      |
+ *                    FAILED <---(while held)--------------------+--- (not held: IDLE)
+ *
+ * Invariants:
+ *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has.
+ *  2. Nobody's data goes to the host's disk in the clear: a mountpoint exists only while something is mounted there, so
+ *     binding it at any other time fails.
+ *  3. A mount that a container lives with is not taken away, whatever the counts say: what other mount namespaces have
+ *     is looked up, not believed (mountinfo_used_elsewhere).
+ *  4. The mounted directory is never looked into, not even by stat(2): that would ask a server that may hang.
+ *  5. State changes and their fields are made under op_lock and registry_lock both; reading needs one of them.
+ *
+ * Counts of an engine process that is dead: its next Mount of the same ID replaces them, and what is left is dropped when
+ * no namespace has the volume any more. dockerd itself sends no Unmount for what it mounted in an earlier life.
+ */
+#include "mounts.h"
+
+#include "agent_client.h"
+#include "fsproc.h"
+#include "mountinfo.h"
+#include "supervisor.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <sodium.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define LOG_LOCK_MS     10000 /* for the last server's flush to end, before a new one */
+#define BUSY_MS         2000  /* until a busy mount is detached, and until an unmounted server is told to stop */
+#define STOP_MS         50000 /* for a server to flush and end; Docker waits 60 s for Unmount */
+#define ENGINE_GRACE_MS 60000 /* after which a dead engine's counts are dropped */
+#define HEALTHY_MS      60000 /* a server that lived so long does not count as dying in a row */
+#define RESTARTS_MAX    6
+
+/* Podman, whose every command is a process of its own, mounts all with this one ID and counts by itself. */
+#define PODMAN_ID "2f73349cfc4630255319c6c8dfc1b46a8996ace9d14d8e07563b165915918ec2"
+
+static pthread_mutex_t down_lock = PTHREAD_MUTEX_INITIALIZER;
+static bool going_down; /* (down_lock) */
+
+static int server_start(struct plugin_volume *v, struct why *why);
+static void restart_failed(struct plugin_volume *v);
+
+static bool is_going_down(void)
+{
+    bool yes;
+
+    pthread_mutex_lock(&down_lock);
+    yes = going_down;
+    pthread_mutex_unlock(&down_lock);
+    return yes;
+}
+
+char *mounts_path(const struct plugin_volume *v)
+{
+    return xasprintf("%s/%s", plugin_config.mnt_dir, v->name);
+}
+
+static void set_state(struct plugin_volume *v, enum mount_state state)
+{
+    pthread_mutex_lock(&registry_lock);
+    v->mount = state;
+    pthread_mutex_unlock(&registry_lock);
+}
+
+/* Takes fs (or NULL) as the volume's server. */
+static void set_server(struct plugin_volume *v, struct fsproc *fs, enum mount_state state)
+{
+    struct fsproc *old;
+
+    pthread_mutex_lock(&registry_lock);
+    old = v->fs;
+    v->fs = fs;
+    v->server = fs ? fsproc_process(fs) : (struct process){0};
+    v->unlocked = false;
+    v->mount = state;
+    pthread_mutex_unlock(&registry_lock);
+    fsproc_unref(old);
+}
+
+static bool is_held(struct plugin_volume *v)
+{
+    bool held;
+
+    pthread_mutex_lock(&registry_lock);
+    held = v->nholders > 0;
+    pthread_mutex_unlock(&registry_lock);
+    return held;
+}
+
+/* The directories of `coffer mount`, copied. */
+static char **local_dirs(struct plugin_volume *v, size_t *ret_n)
+{
+    char **dirs;
+    size_t n = 0;
+
+    pthread_mutex_lock(&registry_lock);
+    dirs = xcalloc(v->nholders + 1, sizeof(*dirs));
+    for (size_t i = 0; i < v->nholders; i++) {
+        if (v->holders[i].local)
+            dirs[n++] = xstrdup(v->holders[i].id);
+    }
+    pthread_mutex_unlock(&registry_lock);
+    *ret_n = n;
+    return dirs;
+}
+
+static void free_dirs(char **dirs, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free(dirs[i]);
+    free(dirs);
+}
+
+/* --- backing files --- */
+
+static int open_backing(int dir, const char *name, int *ret_fd)
+{
+    struct stat st;
+    int fd = openat(dir, name, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+
+    if (fd < 0)
+        return -errno;
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || st.st_uid != 0 || st.st_nlink != 1 || (st.st_mode & 077)) {
+        close_quiet(fd);
+        return -EPERM;
+    }
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    *ret_fd = fd;
+    return 0;
+}
+
+static int lock_log(int fd)
+{
+    int64_t end = mono_ns() + (int64_t)LOG_LOCK_MS * 1000000;
+    struct flock fl = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+    while (fcntl(fd, F_OFD_SETLK, &fl) < 0) {
+        if (errno != EAGAIN && errno != EACCES)
+            return -errno;
+        if (mono_ns() > end)
+            return -EBUSY;
+        sleep_ms(50);
+    }
+    return 0;
+}
+
+int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)
+{
+    char id[2 * VOLUME_ID_BYTES + 1];
+    int dir = -1, data = -1, log = -1, rc;
+
+    hex_encode(v->id, sizeof(v->id), id);
+    dir = openat(plugin_config.volumes_fd, id, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    rc = dir < 0 ? -errno : open_backing(dir, "data", &data);
+    if (rc == 0)
+        rc = open_backing(dir, "log", &log);
+    if (rc == -EPERM)
+        why_set(why, rc, "%s/volumes/%s: its files must be regular, root's own, mode 0600, with one link",
+                plugin_config.state_dir, id);
+    else if (rc < 0)
+        why_set(why, rc, "cannot open %s/volumes/%s: %s", plugin_config.state_dir, id, strerror(-rc));
+    if (rc == 0) {
+        rc = lock_log(log);
+        if (rc < 0)
+            why_set(why, rc, "volume %s is still being flushed by its last server: try again in a moment", v->name);
+    }
+    close_quiet(dir);
+    if (rc < 0) {
+        close_quiet(data);
+        close_quiet(log);
+        return rc;
+    }
+    *ret_data = data;
+    *ret_log = log;
+    return 0;
+}
+
+/* --- the FUSE mount --- */
+
+static void set_readahead(const char *dev)
+{
+    char *path = xasprintf("/sys/class/bdi/%s/read_ahead_kb", dev);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+    if (fd < 0 || write_full(fd, "1024", 4) < 0)
+        log_info("cannot set %s (reads are slower)", path);
+    close_quiet(fd);
+    free(path);
+}
+
+static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
+{
+    char *path = mounts_path(v), dev[MOUNT_DEV_MAX], options[160];
+    int fd = -1, rc = 0;
+
+    if (mountinfo_device(path, dev) == 0)
+        umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW); /* of a server that is gone; nothing of ours is left there */
+    if (mkdirat(plugin_config.mnt_fd, v->name, 0700) < 0 && errno != EEXIST) {
+        rc = why_set(why, -errno, "cannot make %s: %s", path, strerror(errno));
+        goto out;
+    }
+    fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+    if (fd < 0) {
+        rc = why_set(why, -errno, "cannot open /dev/fuse: %s: load the module fuse", strerror(errno));
+        goto out;
+    }
+    snprintf(options, sizeof(options),
+             "fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read=1048576", fd);
+    if (mount("coffer", path, "fuse.coffer", MS_NOSUID | MS_NODEV, options) < 0) {
+        rc = why_set(why, -errno, "cannot mount %s: %s", path, strerror(errno));
+        goto out;
+    }
+    if (mountinfo_device(path, dev) == 0)
+        set_readahead(dev);
+    *ret_fd = fd;
+    fd = -1;
+out:
+    close_quiet(fd);
+    if (rc < 0)
+        unlinkat(plugin_config.mnt_fd, v->name, AT_REMOVEDIR);
+    free(path);
+    return rc;
+}
+
+/* Detaches whatever is mounted there and removes the mountpoint (invariant 2). */
+static void fuse_detach(struct plugin_volume *v)
+{
+    char *path = mounts_path(v);
+
+    umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW);
+    if (unlinkat(plugin_config.mnt_fd, v->name, AT_REMOVEDIR) < 0 && errno != ENOENT)
+        log_err("cannot remove %s: %s", path, strerror(errno));
+    free(path);
+    close_quiet(v->fuse_fd);
+    v->fuse_fd = -1;
+}
+
+/* --- directories of `coffer mount` --- */
+
+static int bind_dir(struct plugin_volume *v, const char *dir, struct why *why)
+{
+    char *path = mounts_path(v), target[64];
+    int fd, rc = 0;
+
+    fd = open(dir, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0) {
+        rc = why_set(why, -errno, "cannot open %s: %s", dir, strerror(errno));
+        goto out;
+    }
+    snprintf(target, sizeof(target), "/proc/self/fd/%d", fd);
+    if (mount(path, target, NULL, MS_BIND, NULL) < 0)
+        rc = why_set(why, -errno, "cannot bind %s to %s: %s", path, dir, strerror(errno));
+out:
+    close_quiet(fd);
+    free(path);
+    return rc;
+}
+
+/* Binds the directories anew after a new server's start. */
+static void bind_all(struct plugin_volume *v)
+{
+    size_t n;
+    char **dirs = local_dirs(v, &n);
+    struct why why;
+
+    for (size_t i = 0; i < n; i++) {
+        umount2(dirs[i], MNT_DETACH | UMOUNT_NOFOLLOW);
+        if (bind_dir(v, dirs[i], &why) < 0)
+            log_err("volume %s: %s", v->name, why.text);
+    }
+    free_dirs(dirs, n);
+}
+
+static void unbind_all(struct plugin_volume *v)
+{
+    size_t n;
+    char **dirs = local_dirs(v, &n);
+
+    for (size_t i = 0; i < n; i++)
+        umount2(dirs[i], MNT_DETACH | UMOUNT_NOFOLLOW);
+    free_dirs(dirs, n);
+}
+
+/* Whether a container, or anybody whom we did not mount it for, has the filesystem somewhere. */
+static bool used_elsewhere(struct plugin_volume *v)
+{
+    char *path = mounts_path(v), dev[MOUNT_DEV_MAX];
+    const char **ours = NULL;
+    bool used = false;
+    char **dirs;
+    size_t n;
+
+    dirs = local_dirs(v, &n);
+    ours = xcalloc(n + 1, sizeof(*ours));
+    ours[0] = path;
+    for (size_t i = 0; i < n; i++)
+        ours[i + 1] = dirs[i];
+    if (mountinfo_device(path, dev) == 0)
+        used = mountinfo_used_elsewhere(dev, ours, n + 1);
+    free(ours);
+    free_dirs(dirs, n);
+    free(path);
+    return used;
+}
+
+/* --- what the server's thread tells --- */
+
+/* Its server has ended and is not replaced: what is left of the mount goes. op_lock held. */
+static void finish(struct plugin_volume *v)
+{
+    fuse_detach(v);
+    set_server(v, NULL, is_held(v) ? MOUNT_FAILED : MOUNT_IDLE);
+    registry_save();
+}
+
+static void server_died(void *ctx, struct fsproc *p, const char *how)
+{
+    struct plugin_volume *v = ctx;
+    bool mine, expected;
+
+    pthread_mutex_lock(&v->op_lock);
+    mine = v->fs == p;
+    expected = v->mount == MOUNT_STOPPING;
+    if (mine && !expected) {
+        char *text = xasprintf("coffer-fs (pid %d): %s", (int)fsproc_process(p).pid, how);
+
+        log_err("volume %s: %s died: %s", v->name, "coffer-fs", how);
+        agent_note(v->name, "server-died", text);
+        free(text);
+        v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
+        unbind_all(v);
+    }
+    if (mine)
+        finish(v);
+    pthread_mutex_unlock(&v->op_lock);
+    if (mine)
+        restart_failed(v);
+}
+
+static void server_ended(void *ctx, struct fsproc *p)
+{
+    struct plugin_volume *v = ctx;
+    bool mine;
+
+    pthread_mutex_lock(&v->op_lock);
+    mine = v->fs == p;
+    if (mine)
+        finish(v);
+    pthread_mutex_unlock(&v->op_lock);
+    if (mine)
+        restart_failed(v);
+}
+
+static void server_unlocked(void *ctx, bool unlocked)
+{
+    struct plugin_volume *v = ctx;
+
+    pthread_mutex_lock(&registry_lock);
+    v->unlocked = unlocked;
+    pthread_mutex_unlock(&registry_lock);
+}
+
+static void server_free(void *ctx)
+{
+    registry_unref(ctx);
+}
+
+static void server_tick(void *ctx, struct fsproc *p);
+
+static const struct fsproc_owner server_owner = {.died = server_died,
+                                                 .ended = server_ended,
+                                                 .tick = server_tick,
+                                                 .unlocked = server_unlocked,
+                                                 .free = server_free};
+
+/* --- starting a server; op_lock held --- */
+
+static int server_start(struct plugin_volume *v, struct why *why)
+{
+    struct fsproc_fds fds = {-1, -1, -1, -1, supervisor_generation()};
+    struct plugin_volume *ref = NULL;
+    struct fsproc *fs = NULL;
+    int rc;
+
+    rc = mounts_open_backing(v, &fds.data, &fds.log, why);
+    if (rc == 0)
+        rc = fuse_mount(v, &fds.fuse, why);
+    if (rc < 0)
+        goto out;
+    rc = agent_bind(v->name, AGENT_PURPOSE_SERVE, &fds.agent, why);
+    if (rc < 0)
+        goto unmount;
+    ref = registry_find_ref(v->name);
+    rc = fsproc_start(v->name, v->params.profile == VOLUME_PROFILE_DATABASE, v->strict, &fds, &server_owner, v, &fs,
+                      why);
+    if (rc < 0)
+        goto unmount;
+    ref = NULL; /* the server's thread has it now */
+    v->fuse_fd = fds.fuse;
+    fds.fuse = -1;
+    v->started_ns = mono_ns();
+    set_server(v, fs, MOUNT_SERVING);
+    goto out;
+unmount:
+    fuse_detach(v);
+out:
+    registry_unref(ref);
+    close_quiet(fds.agent);
+    close_quiet(fds.data);
+    close_quiet(fds.log);
+    close_quiet(fds.fuse);
+    return rc;
+}
+
+static int ensure_mounted(struct plugin_volume *v, struct why *why)
+{
+    /* A server that has just died, before its thread got to say so. */
+    if (v->fs && v->mount != MOUNT_STOPPING && fsproc_wait_end(v->fs, 0) == 0) {
+        unbind_all(v);
+        finish(v);
+    }
+    if (v->mount == MOUNT_STOPPING) {
+        if (fsproc_wait_end(v->fs, LOG_LOCK_MS) < 0)
+            return why_set(why, -EBUSY, "volume %s is still being flushed: try again in a moment", v->name);
+        finish(v);
+    }
+    if (v->mount == MOUNT_LINGERING)
+        set_state(v, MOUNT_SERVING);
+    if (v->mount == MOUNT_SERVING)
+        return 0;
+    return server_start(v, why);
+}
+
+/* Starts a server for a volume that is held and has none; waits longer from one death in a row to the next. */
+static void restart_failed(struct plugin_volume *v)
+{
+    for (int tries = 0; tries < RESTARTS_MAX; tries++) {
+        struct why why = {""};
+        unsigned deaths;
+        int rc = 0;
+
+        pthread_mutex_lock(&v->op_lock);
+        deaths = v->deaths;
+        pthread_mutex_unlock(&v->op_lock);
+        deaths = MAX(deaths, (unsigned)tries + 1);
+        sleep_ms(deaths <= 1 ? 0 : 1000 << MIN(deaths - 2, 5u));
+        pthread_mutex_lock(&v->op_lock);
+        if (v->mount == MOUNT_FAILED && registry_is_listed(v) && !is_going_down()) {
+            rc = server_start(v, &why);
+            if (rc == 0) {
+                bind_all(v);
+                registry_save();
+                log_info("volume %s: mounted anew", v->name);
+            }
+        }
+        pthread_mutex_unlock(&v->op_lock);
+        if (rc == 0)
+            return;
+        log_err("volume %s: %s", v->name, why.text);
+    }
+}
+
+/* --- unmounting; op_lock held --- */
+
+/* Waits for the unmounted volume's server to end. */
+static int stop_server(struct plugin_volume *v, struct why *why)
+{
+    int rc = 0;
+
+    if (v->fs) {
+        fsproc_expect_end(v->fs);
+        rc = fsproc_wait_end(v->fs, BUSY_MS);
+        if (rc < 0) {
+            fsproc_stop(v->fs);
+            rc = fsproc_wait_end(v->fs, STOP_MS);
+        }
+    }
+    if (rc < 0)
+        return why_set(why, rc, "volume %s is unmounted, but still being flushed", v->name);
+    finish(v);
+    agent_note(v->name, "umount", "");
+    return 0;
+}
+
+enum urgency {
+    POLITE,  /* a mount that is busy, or lives in another namespace, stays (LINGERING) */
+    NORMAL,  /* one that lives in another namespace stays; a busy one is detached */
+    FORCED,
+};
+
+static int teardown(struct plugin_volume *v, enum urgency urgency, struct why *why)
+{
+    char *path = NULL;
+    int64_t end = mono_ns() + (int64_t)BUSY_MS * 1000000;
+    int rc = 0;
+
+    if (v->mount == MOUNT_IDLE || v->mount == MOUNT_FAILED) {
+        finish(v);
+        return 0;
+    }
+    if (v->mount == MOUNT_STOPPING)
+        return stop_server(v, why);
+    if (urgency != FORCED) {
+        while (used_elsewhere(v)) {
+            if (urgency == POLITE || mono_ns() > end)
+                goto linger;
+            sleep_ms(100);
+        }
+    }
+    path = mounts_path(v);
+    set_state(v, MOUNT_STOPPING);
+    while ((rc = umount2(path, UMOUNT_NOFOLLOW) < 0 ? -errno : 0) == -EBUSY && mono_ns() < end)
+        sleep_ms(50);
+    if (rc == -EBUSY && urgency == POLITE)
+        goto linger;
+    if (rc < 0 && umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW) < 0 && errno != EINVAL)
+        log_err("cannot unmount %s: %s", path, strerror(errno));
+    free(path);
+    return stop_server(v, why);
+linger:
+    free(path);
+    if (v->mount != MOUNT_LINGERING)
+        log_info("volume %s: nobody holds it, but something still uses it; unmounted when that ends", v->name);
+    set_state(v, MOUNT_LINGERING);
+    registry_save();
+    return 0;
+}
+
+/* --- counts --- */
+
+/* Takes the newest open window off the holder. registry_lock held. */
+static uint64_t pop_ref(struct holder *h)
+{
+    return h->nrefs ? h->refs[--h->nrefs] : 0;
+}
+
+/* Closes windows that the agent has open. */
+static void end_windows(struct plugin_volume *v, const struct process *engine, const uint64_t *refs, size_t n)
+{
+    struct why why;
+
+    for (size_t i = 0; i < n; i++) {
+        if (refs[i] && agent_engine(v->name, AGENT_ENGINE_END, engine->pid, -1, refs[i], &why) < 0)
+            log_info("volume %s: the engine's window is not closed: %s", v->name, why.text);
+    }
+}
+
+/* One more for id. The counts of a dead engine process for this ID are replaced, not added to. */
+static void count_mount(struct plugin_volume *v, const char *id, bool local, const struct process *engine, uint64_t ref)
+{
+    struct holder *h;
+    uint64_t *stale = NULL;
+    size_t nstale = 0;
+    struct process dead = {0};
+
+    pthread_mutex_lock(&registry_lock);
+    h = holder_find(v, id, local);
+    if (!h)
+        h = holder_add(v, id, local);
+    if (h->count && strcmp(id, PODMAN_ID) != 0 && !process_same(&h->engine, engine) && !process_alive(&h->engine)) {
+        stale = h->refs;
+        nstale = h->nrefs;
+        dead = h->engine;
+        h->refs = NULL;
+        h->nrefs = 0;
+        h->count = 0;
+    }
+    h->count++;
+    h->engine = *engine;
+    h->refs = xrealloc(h->refs, (h->nrefs + 1) * sizeof(*h->refs));
+    h->refs[h->nrefs++] = ref;
+    pthread_mutex_unlock(&registry_lock);
+    end_windows(v, &dead, stale, nstale);
+    free(stale);
+}
+
+/* One less for id. False when nobody of that id holds it. */
+static bool count_unmount(struct plugin_volume *v, const char *id, bool local)
+{
+    struct process engine = {0};
+    struct holder *h;
+    uint64_t ref = 0;
+
+    pthread_mutex_lock(&registry_lock);
+    h = holder_find(v, id, local);
+    if (h) {
+        engine = h->engine;
+        ref = pop_ref(h);
+        if (--h->count == 0)
+            holder_remove(v, h);
+    }
+    pthread_mutex_unlock(&registry_lock);
+    end_windows(v, &engine, &ref, 1);
+    return h != NULL;
+}
+
+/* Drops the counts of engine processes that are dead. True when there was one. */
+static bool drop_dead(struct plugin_volume *v)
+{
+    bool dropped = false;
+
+    for (;;) {
+        struct holder *dead = NULL, copy = {0};
+
+        pthread_mutex_lock(&registry_lock);
+        for (size_t i = 0; i < v->nholders && !dead; i++) {
+            struct holder *h = &v->holders[i];
+
+            if (!h->local && strcmp(h->id, PODMAN_ID) != 0 && !process_alive(&h->engine))
+                dead = h;
+        }
+        if (dead) {
+            copy = *dead;
+            dead->id = NULL;
+            dead->refs = NULL;
+            holder_remove(v, dead);
+        }
+        pthread_mutex_unlock(&registry_lock);
+        if (!dead)
+            break;
+        end_windows(v, &copy.engine, copy.refs, copy.nrefs);
+        free(copy.id);
+        free(copy.refs);
+        dropped = true;
+    }
+    return dropped;
+}
+
+static bool has_dead_engine(struct plugin_volume *v)
+{
+    bool dead = false;
+
+    pthread_mutex_lock(&registry_lock);
+    for (size_t i = 0; i < v->nholders && !dead; i++)
+        dead = !v->holders[i].local && strcmp(v->holders[i].id, PODMAN_ID) != 0 &&
+               !process_alive(&v->holders[i].engine);
+    pthread_mutex_unlock(&registry_lock);
+    return dead;
+}
+
+/* --- what time brings --- */
+
+/* A thread of its own: it waits for the server's end, which the server's thread must see. */
+static void *tidy(void *arg)
+{
+    struct plugin_volume *v = arg;
+    struct why why;
+
+    pthread_mutex_lock(&v->op_lock);
+    if (v->mount == MOUNT_SERVING && has_dead_engine(v) && !used_elsewhere(v) && drop_dead(v)) {
+        log_info("volume %s: dropped the counts of an engine that is gone", v->name);
+        registry_save();
+    }
+    if ((v->mount == MOUNT_LINGERING || v->mount == MOUNT_SERVING) && !is_held(v) && teardown(v, POLITE, &why) < 0)
+        log_err("%s", why.text);
+    pthread_mutex_unlock(&v->op_lock);
+    registry_unref(v);
+    return NULL;
+}
+
+static void server_tick(void *ctx, struct fsproc *p)
+{
+    struct plugin_volume *v = ctx, *ref;
+    bool due = false;
+
+    if (pthread_mutex_trylock(&v->op_lock) != 0)
+        return;
+    if (v->fs == p && v->mount == MOUNT_LINGERING)
+        due = !used_elsewhere(v);
+    if (v->fs == p && v->mount == MOUNT_SERVING) {
+        if (!has_dead_engine(v))
+            v->engine_dead_ns = 0;
+        else if (v->engine_dead_ns == 0)
+            v->engine_dead_ns = mono_ns();
+        else
+            due = mono_ns() - v->engine_dead_ns > (int64_t)ENGINE_GRACE_MS * 1000000 && !used_elsewhere(v);
+    }
+    pthread_mutex_unlock(&v->op_lock);
+    if (!due)
+        return;
+    ref = registry_find_ref(v->name);
+    if (ref && thread_start(tidy, ref) < 0)
+        registry_unref(ref);
+}
+
+/* --- the engine's Mount and Unmount --- */
+
+/* Takes op_lock of a volume that exists. */
+static int lock_volume(struct plugin_volume *v, int ms, struct why *why)
+{
+    if (mutex_lock_for(&v->op_lock, ms) < 0)
+        return why_set(why, -EBUSY, "volume %s is busy with another operation: try again later", v->name);
+    if (!registry_is_listed(v)) {
+        pthread_mutex_unlock(&v->op_lock);
+        return why_set(why, -ENOENT, "no such volume: %s", v->name);
+    }
+    return 0;
+}
+
+/* What Mount does before it counts. op_lock held. */
+static int prepare_mount(struct plugin_volume *v, bool *ret_started, struct why *why)
+{
+    bool running = v->mount == MOUNT_SERVING || v->mount == MOUNT_LINGERING;
+    int rc;
+
+    if (is_going_down())
+        return why_set(why, -ESHUTDOWN, "cofferd is going down");
+    rc = agent_need_unlocked(why);
+    if (rc < 0)
+        return rc;
+    rc = ensure_mounted(v, why);
+    *ret_started = rc == 0 && !running;
+    return rc;
+}
+
+/* Opens the window in which the engine may fill a fresh volume. 0 when there is none. */
+static uint64_t begin_window(struct plugin_volume *v, const struct engine_peer *peer)
+{
+    struct why why;
+    uint64_t ref;
+
+    if (peer->pidfd < 0)
+        return 0;
+    randombytes_buf(&ref, sizeof(ref));
+    ref = (ref >> 2) | 1; /* a positive JSON integer */
+    if (agent_engine(v->name, AGENT_ENGINE_BEGIN, peer->process.pid, peer->pidfd, ref, &why) < 0) {
+        log_err("volume %s: the engine will not be let in to fill it: %s", v->name, why.text);
+        return 0;
+    }
+    return ref;
+}
+
+int mounts_engine_mount(struct plugin_volume *v, const char *id, const struct engine_peer *peer, struct why *why)
+{
+    bool started;
+    int rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
+
+    if (rc < 0)
+        return rc;
+    rc = prepare_mount(v, &started, why);
+    if (rc == 0) {
+        count_mount(v, id, false, &peer->process, begin_window(v, peer));
+        registry_save();
+        if (started)
+            agent_note(v->name, "mount", "by the container engine");
+    }
+    pthread_mutex_unlock(&v->op_lock);
+    return rc;
+}
+
+int mounts_engine_unmount(struct plugin_volume *v, const char *id, struct why *why)
+{
+    int rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
+
+    if (rc < 0)
+        return rc == -ENOENT ? 0 : rc;
+    if (count_unmount(v, id, false)) {
+        if (!is_held(v))
+            rc = teardown(v, NORMAL, why);
+        registry_save();
+    } else if (v->mount == MOUNT_STOPPING) {
+        rc = stop_server(v, why); /* the engine asks again after an Unmount that took too long */
+    }
+    pthread_mutex_unlock(&v->op_lock);
+    return rc;
+}
+
+/* --- coffer mount and umount --- */
+
+/* dir with its parents resolved. The last component is not looked at: it may be a mounted volume (invariant 4). */
+static int canonical_dir(const char *dir, char **ret, struct why *why)
+{
+    char *copy = xstrdup(dir), *slash, *parent;
+    size_t n = strlen(copy);
+
+    while (n > 1 && copy[n - 1] == '/')
+        copy[--n] = 0;
+    slash = strrchr(copy, '/');
+    if (dir[0] != '/' || n >= PATH_MAX || !slash || !slash[1] || !strcmp(slash, "/.") || !strcmp(slash, "/..")) {
+        free(copy);
+        return why_set(why, -EINVAL, "give the directory as an absolute path");
+    }
+    *slash = 0;
+    parent = realpath(copy[0] ? copy : "/", NULL);
+    if (!parent) {
+        int rc = why_set(why, -errno, "%s: %s", dir, strerror(errno));
+
+        free(copy);
+        return rc;
+    }
+    *ret = xasprintf("%s/%s", strcmp(parent, "/") ? parent : "", slash + 1);
+    free(parent);
+    free(copy);
+    return 0;
+}
+
+static int check_dir(const char *dir, struct why *why)
+{
+    char dev[MOUNT_DEV_MAX];
+    struct dirent *d;
+    DIR *list = NULL;
+    int fd, rc = 0;
+
+    if (mountinfo_device(dir, dev) == 0)
+        return why_set(why, -EBUSY, "%s is a mount already", dir);
+    fd = open(dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return why_set(why, -errno, "%s: %s: give an empty directory that exists", dir, strerror(errno));
+    list = fdopendir(fd);
+    while (list && rc == 0 && (d = readdir(list))) {
+        if (strcmp(d->d_name, ".") != 0 && strcmp(d->d_name, "..") != 0)
+            rc = why_set(why, -ENOTEMPTY, "%s is not empty: give an empty directory", dir);
+    }
+    if (list)
+        closedir(list);
+    else
+        close_quiet(fd);
+    return rc;
+}
+
+int mounts_local_mount(struct plugin_volume *v, const char *dir, struct why *why)
+{
+    struct process self = {0};
+    char *path = NULL, *text = NULL;
+    bool started;
+    int rc;
+
+    rc = canonical_dir(dir, &path, why);
+    if (rc == 0)
+        rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
+    if (rc < 0) {
+        free(path);
+        return rc;
+    }
+    rc = check_dir(path, why);
+    if (rc == 0)
+        rc = prepare_mount(v, &started, why);
+    if (rc < 0)
+        goto out;
+    rc = bind_dir(v, path, why);
+    if (rc == 0) {
+        count_mount(v, path, true, &self, 0);
+        registry_save();
+        text = xasprintf("at %s", path);
+        agent_note(v->name, "mount", text);
+        free(text);
+    } else if (!is_held(v)) {
+        struct why ignored;
+
+        teardown(v, NORMAL, &ignored);
+    }
+out:
+    pthread_mutex_unlock(&v->op_lock);
+    free(path);
+    return rc;
+}
+
+/* The volume that is mounted at dir, with a reference. */
+static struct plugin_volume *volume_at_ref(const char *dir)
+{
+    struct plugin_volume **all, *found = NULL;
+    size_t n;
+
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n; i++) {
+        pthread_mutex_lock(&registry_lock);
+        if (!found && holder_find(all[i], dir, true))
+            found = all[i];
+        pthread_mutex_unlock(&registry_lock);
+        if (found != all[i])
+            registry_unref(all[i]);
+    }
+    free(all);
+    return found;
+}
+
+int mounts_local_umount(const char *dir, struct why *why)
+{
+    struct plugin_volume *v = NULL;
+    char *path = NULL;
+    int rc = canonical_dir(dir, &path, why);
+
+    if (rc < 0)
+        return rc;
+    v = volume_at_ref(path);
+    if (!v) {
+        rc = why_set(why, -ENOENT, "no volume is mounted at %s", path);
+        goto out;
+    }
+    rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
+    if (rc < 0)
+        goto out;
+    /* EINVAL: somebody unmounted it by hand. */
+    if (umount2(path, UMOUNT_NOFOLLOW) < 0 && errno != EINVAL && errno != ENOENT) {
+        rc = why_set(why, -errno, "cannot unmount %s: %s: end what uses it (fuser -vm %s) and try again", path,
+                     strerror(errno), path);
+    } else if (count_unmount(v, path, true)) {
+        if (!is_held(v))
+            rc = teardown(v, NORMAL, why);
+        registry_save();
+    }
+    pthread_mutex_unlock(&v->op_lock);
+out:
+    registry_unref(v);
+    free(path);
+    return rc;
+}
+
+/* --- for others --- */
+
+bool mounts_busy(struct plugin_volume *v)
+{
+    bool busy;
+
+    pthread_mutex_lock(&registry_lock);
+    busy = v->mount != MOUNT_IDLE || v->nholders > 0 || v->fs;
+    pthread_mutex_unlock(&registry_lock);
+    return busy;
+}
+
+struct fsproc *mounts_server_ref(struct plugin_volume *v)
+{
+    struct fsproc *fs = NULL;
+
+    pthread_mutex_lock(&registry_lock);
+    if (v->fs && (v->mount == MOUNT_SERVING || v->mount == MOUNT_LINGERING))
+        fs = fsproc_ref(v->fs);
+    pthread_mutex_unlock(&registry_lock);
+    return fs;
+}
+
+static void adopt_one(struct plugin_volume *v)
+{
+    char *path = mounts_path(v), dev[MOUNT_DEV_MAX];
+    bool mounted = mountinfo_device(path, dev) == 0;
+    struct plugin_volume *ref = registry_find_ref(v->name);
+    struct fsproc *fs = NULL;
+
+    if (v->server.pid && fsproc_adopt(v->name, &v->server, &server_owner, v, &fs) == 0) {
+        enum mount_state state = !mounted ? MOUNT_STOPPING : is_held(v) ? MOUNT_SERVING : MOUNT_LINGERING;
+
+        ref = NULL;
+        set_server(v, fs, state);
+        v->started_ns = mono_ns();
+        log_info("volume %s: its server (pid %d) is found again", v->name, (int)fsproc_process(fs).pid);
+    } else {
+        finish(v);
+    }
+    registry_unref(ref);
+    free(path);
+}
+
+/* Whatever else lies in <run>/mnt is nobody's. */
+static void sweep(void)
+{
+    int fd = openat(plugin_config.mnt_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *list = fd < 0 ? NULL : fdopendir(fd);
+    struct dirent *d;
+
+    while (list && (d = readdir(list))) {
+        struct plugin_volume *v = registry_find_ref(d->d_name);
+        bool ours = v && v->mount != MOUNT_IDLE;
+        char *path = xasprintf("%s/%s", plugin_config.mnt_dir, d->d_name);
+
+        if (!ours && strcmp(d->d_name, ".") != 0 && strcmp(d->d_name, "..") != 0) {
+            umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW);
+            unlinkat(plugin_config.mnt_fd, d->d_name, AT_REMOVEDIR);
+        }
+        free(path);
+        registry_unref(v);
+    }
+    if (list)
+        closedir(list);
+    else
+        close_quiet(fd);
+}
+
+void mounts_adopt(void)
+{
+    struct plugin_volume **all;
+    size_t n;
+
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n; i++) {
+        pthread_mutex_lock(&all[i]->op_lock);
+        adopt_one(all[i]);
+        pthread_mutex_unlock(&all[i]->op_lock);
+        registry_unref(all[i]);
+    }
+    free(all);
+    sweep();
+}
+
+static void *restart_thread(void *arg)
+{
+    struct plugin_volume *v = arg;
+
+    restart_failed(v);
+    registry_unref(v);
+    return NULL;
+}
+
+void mounts_agent_up(void)
+{
+    uint64_t generation = supervisor_generation();
+    struct plugin_volume **all;
+    size_t n;
+
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n; i++) {
+        struct plugin_volume *v = all[i];
+        struct fsproc *fs = mounts_server_ref(v);
+        bool failed;
+        int rc = fs ? fsproc_renew_agent(fs, v->name, generation) : 0;
+
+        if (rc < 0)
+            log_info("volume %s: no channel to the new agent yet: %s", v->name, strerror(-rc));
+        if (fs && generation > 1 && !fsproc_has_channel(fs))
+            log_err("volume %s: its server, started by an earlier cofferd, cannot reach the new agent: what needs a new "
+                    "grant is refused until it is unmounted and mounted again", v->name);
+        fsproc_unref(fs);
+        pthread_mutex_lock(&registry_lock);
+        failed = v->mount == MOUNT_FAILED;
+        pthread_mutex_unlock(&registry_lock);
+        if (!failed || thread_start(restart_thread, v) < 0)
+            registry_unref(v);
+    }
+    free(all);
+}
+
+/* Unmounts one, whoever holds it. */
+static int down_one(struct plugin_volume *v, struct why *why)
+{
+    int rc;
+
+    pthread_mutex_lock(&v->op_lock);
+    unbind_all(v);
+    pthread_mutex_lock(&registry_lock);
+    while (v->nholders)
+        holder_remove(v, &v->holders[v->nholders - 1]);
+    pthread_mutex_unlock(&registry_lock);
+    rc = teardown(v, FORCED, why);
+    pthread_mutex_unlock(&v->op_lock);
+    return rc;
+}
+
+int mounts_down(bool force, struct why *why)
+{
+    struct plugin_volume **all;
+    int rc = 0;
+    size_t n;
+
+    pthread_mutex_lock(&down_lock);
+    going_down = true;
+    pthread_mutex_unlock(&down_lock);
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n && !force && rc == 0; i++) {
+        if (is_held(all[i]) || (mounts_busy(all[i]) && used_elsewhere(all[i])))
+            rc = why_set(why, -EBUSY, "busy: volume %s is in use: stop what uses it, or use --force", all[i]->name);
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (rc == 0)
+            rc = down_one(all[i], why);
+        registry_unref(all[i]);
+    }
+    free(all);
+    registry_save();
+    if (rc < 0) {
+        pthread_mutex_lock(&down_lock);
+        going_down = false;
+        pthread_mutex_unlock(&down_lock);
+    }
+    return rc;
+}

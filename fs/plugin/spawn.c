@@ -1,0 +1,164 @@
+/*
+ * spawn.c - see spawn.h.
+ *
+ * Invariants:
+ *  1. Between fork and exec the child makes only system calls: other threads may have held any lock at the fork.
+ *  2. The child's descriptors are 0 and 1 (/dev/null), 2 (ours), and those it is given; nothing else.
+ *  3. The program is opened by cofferd, so that the child's user needs no way to its path.
+ */
+#include "spawn.h"
+
+#include <fcntl.h>
+#include <grp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#endif
+
+#define FIRST_FD 3
+
+static void write_file(const char *path, const char *text)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+    if (fd >= 0) {
+        (void)!write(fd, text, strlen(text));
+        close(fd);
+    }
+}
+
+/* Moves the descriptors to their numbers; by way of high ones, so that none is overwritten before it is moved. */
+static int child_fds(const struct spawn *s, int exe, int devnull)
+{
+    int high[SPAWN_FDS_MAX + 1], last = FIRST_FD + s->nfds;
+
+    for (int i = 0; i <= s->nfds; i++) {
+        high[i] = fcntl(i < s->nfds ? s->fds[i] : exe, F_DUPFD, 64);
+        if (high[i] < 0)
+            return -1;
+    }
+    if (dup2(devnull, 0) < 0 || dup2(devnull, 1) < 0)
+        return -1;
+    for (int i = 0; i <= s->nfds; i++) {
+        if (dup2(high[i], FIRST_FD + i) < 0)
+            return -1;
+    }
+    if (syscall(SYS_close_range, last + 1, ~0U, 0) < 0)
+        return -1;
+    return fcntl(last, F_SETFD, FD_CLOEXEC) < 0 ? -1 : last;
+}
+
+static void child(const struct spawn *s, int exe, int devnull) __attribute__((noreturn));
+static void child(const struct spawn *s, int exe, int devnull)
+{
+    static char *const env[] = {NULL};
+    struct sigaction dfl = {.sa_handler = SIG_DFL};
+    sigset_t none;
+
+    /* Its own session: a terminal's ^C is for us, and our end is not its end. */
+    setsid();
+    for (int sig = 1; sig < NSIG; sig++)
+        sigaction(sig, &dfl, NULL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    umask(077);
+    if (chdir("/") < 0)
+        _exit(126);
+    exe = child_fds(s, exe, devnull);
+    if (exe < 0)
+        _exit(126);
+    if (s->io_flusher) {
+        prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+        write_file("/proc/self/oom_score_adj", "-1000");
+    }
+    /* Raw calls: glibc's wrappers would signal threads that the child does not have. */
+    if (syscall(SYS_setgroups, 0, NULL) < 0 || syscall(SYS_setresgid, s->gid, s->gid, s->gid) < 0 ||
+        syscall(SYS_setresuid, s->uid, s->uid, s->uid) < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        _exit(126);
+    syscall(SYS_execveat, exe, "", s->argv, env, AT_EMPTY_PATH);
+    _exit(127);
+}
+
+int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pidfd)
+{
+    int exe = -1, devnull = -1, pidfd = -1, rc = 0;
+    struct process p;
+    pid_t pid;
+
+    exe = openat(plugin_config.programs_fd, s->program, O_PATH | O_CLOEXEC);
+    if (exe < 0) {
+        rc = -errno;
+        goto out;
+    }
+    devnull = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (devnull < 0) {
+        rc = -errno;
+        goto out;
+    }
+    pid = fork();
+    if (pid < 0) {
+        rc = -errno;
+        goto out;
+    }
+    if (pid == 0)
+        child(s, exe, devnull);
+    /* The child is a zombie at worst until we reap it, so its number is its own. */
+    pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (pidfd < 0 || process_identify(pid, &p) < 0) {
+        rc = pidfd < 0 ? -errno : -ESRCH;
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+        close_quiet(pidfd);
+        goto out;
+    }
+    *ret_process = p;
+    *ret_pidfd = pidfd;
+out:
+    close_quiet(exe);
+    close_quiet(devnull);
+    return rc;
+}
+
+int spawn_reap(int pidfd)
+{
+    siginfo_t info = {0};
+    int r;
+
+    do
+        r = waitid(P_PIDFD, (id_t)pidfd, &info, WEXITED);
+    while (r < 0 && errno == EINTR);
+    if (r < 0)
+        return -errno;
+    return info.si_code == CLD_EXITED ? info.si_status : 128 + info.si_status;
+}
+
+int spawn_wait_end(int pidfd, int ms)
+{
+    int64_t end = mono_ns() + (int64_t)ms * 1000000;
+    struct pollfd p = {.fd = pidfd, .events = POLLIN};
+
+    for (;;) {
+        int left = ms < 0 ? -1 : (int)MAX((end - mono_ns()) / 1000000, 0);
+        int r = poll(&p, 1, left);
+
+        if (r > 0)
+            return 0;
+        if (r == 0)
+            return -ETIMEDOUT;
+        if (errno != EINTR)
+            return -errno;
+    }
+}
+
+void spawn_signal(int pidfd, int sig)
+{
+    syscall(SYS_pidfd_send_signal, pidfd, sig, NULL, 0);
+}

@@ -1,0 +1,30 @@
+/* spawn.h - starts coffer-keyd and coffer-fs: other user, no privilege to gain, only the descriptors they are meant
+ * to have. */
+#ifndef COFFER_PLUGIN_SPAWN_H
+#define COFFER_PLUGIN_SPAWN_H
+
+#include "common.h"
+
+#define SPAWN_FDS_MAX 8
+
+struct spawn {
+    const char *program;         /* beside our own executable */
+    const char *const *argv;     /* NULL-terminated */
+    int fds[SPAWN_FDS_MAX];      /* become 3, 4, ... in the child; stay the caller's */
+    int nfds;
+    uid_t uid;
+    gid_t gid;
+    bool io_flusher;             /* serves writeback: PR_SET_IO_FLUSHER and oom_score_adj -1000, best effort */
+};
+
+/* Starts it. 0 with the process and a pidfd of it (the caller's), or -errno. The child must be reaped through the pidfd
+ * with spawn_reap(). */
+int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pidfd);
+/* Waits for a child that has ended. Returns its exit status, 128 + signal, or -errno (-ECHILD: not ours). */
+int spawn_reap(int pidfd);
+/* Waits until the process of pidfd has ended, ms < 0: for ever. 0 or -ETIMEDOUT. */
+int spawn_wait_end(int pidfd, int ms);
+/* Sends a signal. */
+void spawn_signal(int pidfd, int sig);
+
+#endif

@@ -1,0 +1,43 @@
+/*
+ * volumes.h - making, removing, describing and checking volumes. All return 0 or -errno with the reason.
+ */
+#ifndef COFFER_PLUGIN_VOLUMES_H
+#define COFFER_PLUGIN_VOLUMES_H
+
+#include "registry.h"
+
+/* --- what is asked for --- */
+
+/* The spec of nothing given. */
+void volumes_spec_init(struct volume_spec *s);
+/* From the engine's options: an object of strings (or NULL): size, block, profile, allow and deny (rules, several
+ * separated by ';'), uid, gid, mode, strict. Free with volume_spec_clear(), also after an error. */
+int volumes_spec_from_options(json_t *options, struct volume_spec *s, struct why *why);
+/* Checks sizes and modes of a spec however made. */
+int volumes_spec_check(const struct volume_spec *s, struct why *why);
+/* Adds a rule (copied). -E2BIG. */
+int volumes_spec_add_rule(struct volume_spec *s, bool deny, const char *rule, size_t n, struct why *why);
+
+/* --- life --- */
+
+/* Makes the volume (the spec stays the caller's). engine: asked by a container engine; then a volume that exists with an
+ * equal spec is success. -EEXIST. Repairs what a crash in an earlier create left. */
+int volumes_create(const char *name, const struct volume_spec *s, bool engine, struct why *why);
+/* Destroys the key, then the files. -EBUSY while it is mounted or held; -ENOENT. */
+int volumes_remove(const char *name, struct why *why);
+/* Checks it; line() gets the findings. Returns their number. */
+int volumes_check(const char *name, bool data, void (*line)(void *ctx, const char *text), void *ctx, struct why *why);
+/* Takes over from an unlocked keystore: volumes that the table lost, and whether each is fresh or used. */
+void volumes_reconcile(void);
+/* Reads the volume's rules anew after a change. */
+void volumes_refresh_rules(struct plugin_volume *v);
+
+/* --- descriptions --- */
+
+/* As `volume inspect` says; asks the server for at most a second. ask_agent: whether the keystore is unlocked, so that
+ * the agent can be asked. */
+json_t *volumes_inspect(struct plugin_volume *v, bool ask_agent);
+/* As the engine's Get says: from memory, at once. */
+json_t *volumes_engine_json(struct plugin_volume *v);
+
+#endif

@@ -1,0 +1,781 @@
+/*
+ * powercut.c - cuts the power below the engine at every write, and makes its I/O fail.
+ *
+ * A round runs a seeded workload on a small volume over recording stores (recstore.h), with deaths of the process and
+ * reopenings in it, and keeps what the tree looked like after each operation. Then, for every event of the recording,
+ * the states that a cut there may leave are built and opened:
+ *   1. the volume opens by itself and reports no damage
+ *   2. the tree is exactly that after some operation k: not before the last one that a completed fsync, sync or
+ * checkpoint covered (after the death of the process alone: the last acknowledged), not after the one under way
+ *   3. nameless inodes are gone, and the check, which reads all content, finds nothing
+ *   4. the volume works on: changes, close, open, check
+ * A fault round lets a write, sync or grow fail instead, and looks that nothing is acknowledged that is not so.
+ *
+ *     powercut [--seed N] [--ops N] [--states N] [--seconds N] [--mode cut|fault|both] [--cut N]
+ *
+ * --states: random states per cut besides the systematic ones. --cut with --seed repeats one cut of one round.
+ */
+#include "fs/base/secmem.h"
+#include "tests/model/fsmodel.h"
+
+#include <getopt.h>
+#include <signal.h>
+#include <unistd.h>
+
+#define SIZE_LIMIT (96ull << 20)
+
+static uint64_t arg_seed = 1, arg_ops = 150, arg_states = 4, arg_seconds = 60;
+static int64_t arg_cut = -1;
+static bool arg_cuts = true, arg_faults = true;
+
+static struct key *volume_key;
+static const uint8_t volume_id[VOLUME_ID_BYTES] = "powercut-volume";
+static char repro[700] = "setup"; /* what is under way: for signals and failures */
+static uint64_t states, skipped, distinct, failures, opens;
+
+/* --- reporting --- */
+
+__attribute__((format(printf, 1, 2))) static void failed(const char *fmt, ...)
+{
+    va_list ap;
+
+    failures++;
+    printf("FAIL %s: ", repro);
+    va_start(ap, fmt);
+    vprintf(fmt, ap);
+    va_end(ap);
+    printf("\n");
+    fflush(stdout);
+}
+
+static void on_signal(int sig)
+{
+    static const char text[] = "\nFAIL crash or hang (signal) in: ";
+    ssize_t n = write(STDOUT_FILENO, text, sizeof(text) - 1);
+
+    n += write(STDOUT_FILENO, repro, strlen(repro));
+    n += write(STDOUT_FILENO, "\n", 1);
+    (void)n;
+    signal(sig, SIG_DFL);
+    raise(sig == SIGALRM ? SIGABRT : sig);
+}
+
+static void on_damage(void *ctx, const char *what)
+{
+    char *text = ctx;
+
+    if (text && !text[0])
+        snprintf(text, 300, "%s", what);
+}
+
+static void on_finding(void *ctx, const char *text)
+{
+    unsigned *n = ctx;
+
+    if ((*n)++ < 8)
+        printf("    check: %s\n", text);
+}
+
+/* --- a set of 64-bit numbers --- */
+
+struct set {
+    uint64_t *slot;
+    size_t n, cap;
+};
+
+/* True when x was not in the set. */
+static bool set_add(struct set *s, uint64_t x)
+{
+    size_t at;
+
+    x += x == 0;
+    if (2 * s->n >= s->cap) {
+        struct set bigger = {.cap = s->cap ? 2 * s->cap : 4096};
+
+        bigger.slot = xcalloc(bigger.cap, sizeof(uint64_t));
+        for (size_t k = 0; k < s->cap; k++)
+            if (s->slot[k])
+                set_add(&bigger, s->slot[k]);
+        free(s->slot);
+        *s = bigger;
+    }
+    for (at = x % s->cap; s->slot[at]; at = (at + 1) % s->cap)
+        if (s->slot[at] == x)
+            return false;
+    s->slot[at] = x;
+    s->n++;
+    return true;
+}
+
+/* --- a round's workload --- */
+
+struct mark {
+    size_t start, end; /* events recorded before and after the operation */
+    bool synced;       /* it made itself and all before it durable */
+    struct snap *snap; /* the tree after it */
+    enum soft soft;    /* of inode soft_ino, while it is under way */
+    uint64_t soft_ino;
+    char *text;
+};
+
+struct round {
+    uint64_t seed;
+    struct image *base[2]; /* the fresh volume */
+    struct image *live[2];
+    struct recorder rec;
+    struct faults faults;
+    struct model *model;
+    struct world w;
+    struct mark *mark; /* mark[0]: before the first operation */
+    size_t marks, marks_cap;
+    uint32_t block;
+};
+
+static struct volume_options round_options(char *damage)
+{
+    return (struct volume_options){.cache_bytes = 256 << 10, .mount_id = 77, .on_damage = on_damage, .ctx = damage};
+}
+
+static int open_images(struct image *const image[2], struct recorder *rec, struct faults *faults, char *damage,
+                       struct volume **ret_v)
+{
+    struct volume_options o = round_options(damage);
+
+    opens++;
+    return volume_open(mstore_new(image[0], rec, faults, 0), mstore_new(image[1], rec, faults, 1), volume_key,
+                       volume_id, &o, ret_v);
+}
+
+static void round_mark(struct round *r, size_t start, bool synced, const char *text)
+{
+    if (r->marks == r->marks_cap) {
+        r->marks_cap = r->marks_cap ? 2 * r->marks_cap : 256;
+        r->mark = xrealloc(r->mark, r->marks_cap * sizeof(*r->mark));
+    }
+    r->mark[r->marks++] = (struct mark){.start = start,
+                                        .end = r->rec.n,
+                                        .synced = synced,
+                                        .snap = snap_model(r->model),
+                                        .soft = r->w.soft,
+                                        .soft_ino = r->w.soft_ino,
+                                        .text = xstrdup(text)};
+    r->w.soft = SOFT_NONE;
+}
+
+/* Makes the fresh volume and opens it. */
+static bool round_begin(struct round *r, uint64_t seed)
+{
+    static const uint32_t blocks[] = {4096, 4096, 8192, 16384};
+    struct volume_params p = {.size_limit = SIZE_LIMIT, .log_segment = 256 << 10, .root_mode = 0755};
+    struct store *data, *log;
+    struct volume *v = NULL;
+    int rc;
+
+    memset(r, 0, sizeof(*r));
+    r->seed = seed;
+    r->block = blocks[seed % ARRAY_LEN(blocks)];
+    pthread_mutex_init(&r->rec.mutex, NULL);
+    memcpy(p.id, volume_id, sizeof(p.id));
+    p.block_size = r->block;
+    for (int s = 0; s < 2; s++)
+        r->base[s] = image_new(NULL);
+    data = mstore_new(r->base[0], NULL, NULL, 0);
+    log = mstore_new(r->base[1], NULL, NULL, 1);
+    rc = volume_format(data, log, volume_key, &p);
+    data->ops->close(data);
+    log->ops->close(log);
+    for (int s = 0; s < 2; s++)
+        r->live[s] = image_new(r->base[s]);
+    if (rc == 0)
+        rc = open_images(r->live, &r->rec, &r->faults, NULL, &v);
+    if (rc < 0) {
+        failed("a fresh volume does not open: %s", strerror(-rc));
+        return false;
+    }
+    r->model = model_new(VOLUME_ROOT_INO, S_IFDIR | 0755, 0, 0);
+    world_init(&r->w, v, r->model, seed);
+    r->w.block = r->block;
+    r->w.size_limit = SIZE_LIMIT;
+    r->w.max_pages = 200 + rng_below(&r->w.rng, 400);
+    r->w.max_file = 300 << 10;
+    r->w.max_inodes = 40 + rng_below(&r->w.rng, 60);
+    world_adopt(&r->w, r->model->root);
+    round_mark(r, 0, true, "start");
+    return true;
+}
+
+static void round_end(struct round *r)
+{
+    if (r->w.v)
+        volume_abandon(r->w.v);
+    for (size_t k = 0; k < r->marks; k++) {
+        snap_free(r->mark[k].snap);
+        free(r->mark[k].text);
+    }
+    free(r->mark);
+    recorder_reset(&r->rec);
+    free(r->rec.ev);
+    for (int s = 0; s < 2; s++) {
+        image_free(r->live[s]);
+        image_free(r->base[s]);
+    }
+    model_free(r->model);
+    world_free(&r->w);
+}
+
+/* Ends the mount, by death or in good order, and opens it again. */
+static bool round_reopen(struct round *r, bool die)
+{
+    size_t start = r->rec.n;
+    char damage[300] = "";
+    int rc = 0;
+
+    if (die)
+        volume_abandon(r->w.v);
+    else
+        rc = volume_close(r->w.v);
+    r->w.v = NULL;
+    model_forget_all(r->model);
+    if (rc < 0) {
+        failed("close: %s", strerror(-rc));
+        return false;
+    }
+    if (!die)
+        round_mark(r, start, true, "close");
+    start = r->rec.n;
+    rc = open_images(r->live, &r->rec, &r->faults, damage, &r->w.v);
+    round_mark(r, start, false, die ? "reopen after death" : "reopen");
+    if (rc < 0 || damage[0]) {
+        failed("reopen (died %d): %s, damage: %s", die, strerror(-rc), damage);
+        return false;
+    }
+    world_op(&r->w, "reopen");
+    return true;
+}
+
+static bool round_run(struct round *r)
+{
+    for (uint64_t n = 0; n < arg_ops; n++) {
+        size_t start = r->rec.n;
+        uint64_t dice = rng_below(&r->w.rng, 160);
+
+        snprintf(repro, sizeof(repro), "--seed %llu --ops %llu (workload, op %llu)", (unsigned long long)r->seed,
+                 (unsigned long long)arg_ops, (unsigned long long)n);
+        if (dice < 3 && !r->w.faults) {
+            if (!round_reopen(r, dice < 2) || !world_compare(&r->w))
+                break;
+            continue;
+        }
+        world_step(&r->w, true);
+        if (r->w.fail[0])
+            break;
+        round_mark(r, start, r->w.synced, r->w.op);
+        if (r->w.in_doubt)
+            return true;
+    }
+    if (r->w.fail[0])
+        failed("%s", r->w.fail);
+    return r->w.fail[0] == 0 && r->w.v;
+}
+
+/* --- one state after the cut --- */
+
+/* Prints which operation the tree is nearest to. */
+static void explain(struct round *r, struct snap *have, size_t from, size_t to, bool loose)
+{
+    size_t best = from;
+    unsigned least = UINT32_MAX;
+
+    for (size_t k = 0; k < r->marks; k++) {
+        unsigned d = snap_diff(have, r->mark[k].snap, loose, NULL);
+        bool in = k >= from && k <= to;
+
+        if (d < least || (d == least && in)) {
+            least = d;
+            best = k;
+        }
+    }
+    printf("    nearest: operation %zu (%s), %u differences, allowed %zu (%s) .. %zu (%s)\n", best, r->mark[best].text,
+           least, from, r->mark[from].text, to, r->mark[to].text);
+    if (best + 1 < r->marks)
+        printf("    the next was: %s\n", r->mark[best + 1].text);
+    snap_diff(have, r->mark[best].snap, loose, stdout);
+}
+
+/* Nothing nameless is left: the number of inodes is that of the distinct ones in the walk. */
+static bool inodes_match(struct volume *v, const struct snap *s)
+{
+    struct volume_stat st;
+    struct set seen = {0};
+    size_t n;
+
+    for (size_t k = 0; k < s->n; k++)
+        set_add(&seen, s->e[k].ino);
+    n = seen.n;
+    free(seen.slot);
+    volume_stat(v, &st);
+    if (st.inodes == n)
+        return true;
+    failed("%llu inodes, %zu have names", (unsigned long long)st.inodes, n);
+    return false;
+}
+
+static bool check_clean(struct volume *v, const char *when)
+{
+    unsigned lines = 0;
+    int rc = volume_check(v, true, on_finding, &lines);
+
+    if (rc == 0 && lines == 0)
+        return true;
+    failed("check %s: %d, %u findings", when, rc, lines);
+    return false;
+}
+
+/* A few changes, close or death, open: all is there and clean. Takes v. */
+static void works_on(struct image *const image[2], struct volume *v, struct rng *rng, uint32_t block)
+{
+    struct vattr root, a;
+    struct model *m;
+    struct world w;
+    struct snap *s;
+    char damage[300] = "";
+    int rc = 0;
+
+    (void)a;
+    if (vol_getattr(v, VOLUME_ROOT_INO, &root) < 0) {
+        failed("getattr of the root");
+        volume_abandon(v);
+        return;
+    }
+    /* A directory of its own, so that a model of it starts empty. */
+    rc = vol_mknod(v, VOLUME_ROOT_INO, "after-the-cut", S_IFDIR | 0700, 0, 0, 0, &a);
+    if (rc < 0) {
+        failed("mkdir after recovery: %s", strerror(-rc));
+        volume_abandon(v);
+        return;
+    }
+    m = model_new(a.ino, a.mode, a.uid, a.gid);
+    world_init(&w, v, m, rng_u64(rng));
+    w.block = block;
+    world_adopt(&w, m->root);
+    for (int k = 0; k < 25 && !w.fail[0]; k++)
+        world_step(&w, true);
+    model_forget_all(m);
+    if (!w.fail[0] && rng_chance(rng, 2))
+        rc = volume_close(v);
+    else
+        volume_abandon(v);
+    w.v = NULL;
+    if (rc == 0 && !w.fail[0])
+        rc = open_images(image, NULL, NULL, damage, &w.v);
+    if (rc < 0 || damage[0]) {
+        failed("close and open again after recovery: %s %s", strerror(-rc), damage);
+    } else if (w.v) {
+        s = snap_volume(w.v, VOLUME_ROOT_INO);
+        if (s->err)
+            failed("walk after working on: %s", s->why);
+        else if (world_compare(&w) && inodes_match(w.v, s))
+            check_clean(w.v, "after working on");
+        snap_free(s);
+    }
+    if (w.fail[0])
+        failed("after recovery: %s", w.fail);
+    if (w.v)
+        volume_abandon(w.v);
+    model_free(m);
+    world_free(&w);
+}
+
+/* Is the tree that after one of the operations from .. to, or of `to` under way? */
+static bool is_in_history(struct round *r, struct snap *s, size_t from, size_t to, bool under_way)
+{
+    const struct mark *last = &r->mark[to];
+    bool loose = r->w.faults;
+
+    for (size_t k = to + 1; k-- > from;)
+        if (loose ? s->loose == r->mark[k].snap->loose : s->full == r->mark[k].snap->full)
+            return true;
+    return under_way && to > from && last->soft != SOFT_NONE &&
+           (snap_equal_but(s, r->mark[to - 1].snap, last->soft_ino, last->soft, loose) ||
+            snap_equal_but(s, last->snap, last->soft_ino, last->soft, loose));
+}
+
+/* Opens one state and checks all of it. from, to: operations that the tree may show; under_way: `to` has not ended. */
+static void check_state(struct round *r, struct image *const image[2], size_t from, size_t to, bool under_way,
+                        struct rng *rng)
+{
+    bool loose = r->w.faults;
+    uint64_t before = failures;
+    struct volume *v = NULL;
+    struct snap *s = NULL;
+    char damage[300] = "";
+    int rc;
+
+    alarm(60);
+    states++;
+    rc = open_images(image, NULL, NULL, damage, &v);
+    if (rc < 0) {
+        failed("does not open: %s, damage: %s", strerror(-rc), damage);
+        return;
+    }
+    s = snap_volume(v, VOLUME_ROOT_INO);
+    if (s->err)
+        failed("walk: %s", s->why);
+    if (!s->err && !is_in_history(r, s, from, to, under_way)) {
+        failed("the tree is not a prefix of history that holds all that was made durable");
+        explain(r, s, from, to, loose);
+    }
+    if (damage[0])
+        failed("damage reported: %s", damage);
+    if (failures == before && inodes_match(v, s) && check_clean(v, "after recovery") && rng_chance(rng, 5))
+        works_on(image, v, rng, r->block);
+    else
+        volume_abandon(v);
+    snap_free(s);
+}
+
+/* The operations that a cut before event `cut` may show. */
+static void cut_range(const struct round *r, size_t cut, bool death_only, size_t *ret_from, size_t *ret_to)
+{
+    size_t from = 0, to = 0;
+
+    for (size_t k = 0; k < r->marks; k++) {
+        if (r->mark[k].end <= cut && (r->mark[k].synced || death_only))
+            from = k;
+        if (r->mark[k].start < cut || r->mark[k].end <= cut)
+            to = k;
+    }
+    *ret_from = from;
+    *ret_to = MAX(from, to);
+}
+
+static void cut_at(struct round *r, struct crash *c, size_t cut, struct set *seen, struct set *ever)
+{
+    size_t pending = crash_pending(c, cut), singles = MIN(pending, arg_states), from, to;
+    size_t jobs = CRASH_ONE_LOST + singles + 2 * arg_states;
+
+    for (size_t job = 0; job < jobs; job++) {
+        enum crash_mode mode = job < CRASH_ONE_LOST             ? (enum crash_mode)job
+                               : job < CRASH_ONE_LOST + singles ? CRASH_ONE_LOST
+                               : job % 2                        ? CRASH_SUBSET
+                                                                : CRASH_TORN;
+        size_t which =
+            mode == CRASH_ONE_LOST ? (pending <= arg_states ? job - CRASH_ONE_LOST : rng_below(&c->rng, pending)) : 0;
+        struct image *image[2];
+        uint64_t h = crash_build(c, cut, mode, which, image);
+
+        cut_range(r, cut, mode == CRASH_ALL, &from, &to);
+        snprintf(repro, sizeof(repro), "--seed %llu --ops %llu --states %llu --cut %zu (mode %d, op %zu %.100s)",
+                 (unsigned long long)r->seed, (unsigned long long)arg_ops, (unsigned long long)arg_states, cut,
+                 (int)mode, to, r->mark[to].text);
+        distinct += set_add(ever, hash_mix(h, r->seed));
+        if (set_add(seen, hash_mix(h, from)))
+            check_state(r, image, from, to, r->mark[to].end > cut, &c->rng);
+        else
+            skipped++;
+        image_free(image[0]);
+        image_free(image[1]);
+    }
+}
+
+/* Cuts at every event of the recording. */
+static void round_cuts(struct round *r, struct set *ever, int64_t deadline)
+{
+    struct crash c = {.rec = &r->rec};
+    struct set seen = {0};
+    size_t events = r->rec.n;
+
+    for (int s = 0; s < 2; s++)
+        c.durable[s] = image_new(r->base[s]);
+    for (size_t cut = 0; cut <= events && failures < 20; cut++) {
+        if (arg_cut < 0 && mono_ns() > deadline)
+            break;
+        crash_advance(&c, cut);
+        c.rng.s = hash_mix(r->seed, cut);
+        if (arg_cut < 0 || (size_t)arg_cut == cut)
+            cut_at(r, &c, cut, &seen, ever);
+    }
+    for (int s = 0; s < 2; s++)
+        image_free(c.durable[s]);
+    free(seen.slot);
+}
+
+/* --- faults --- */
+
+/* After a failed write or flush nothing changes any more and no fsync succeeds. */
+static void fault_refuses(struct round *r)
+{
+    struct vattr a, in = {.mode = S_IFDIR | 0700};
+    int rc;
+
+    rc = vol_fsync(r->w.v, VOLUME_ROOT_INO, false);
+    if (rc == 0)
+        failed("fsync succeeds after a failed write or flush");
+    rc = vol_sync(r->w.v);
+    if (rc == 0)
+        failed("sync succeeds after a failed write or flush");
+    rc = volume_checkpoint(r->w.v);
+    if (rc == 0)
+        failed("checkpoint succeeds after a failed write or flush");
+    rc = vol_setattr(r->w.v, VOLUME_ROOT_INO, VOL_SET_MODE, &in, &a);
+    if (rc != -EIO && rc != -EROFS)
+        failed("setattr after a failed write or flush: %d", rc);
+    rc = vol_mknod(r->w.v, VOLUME_ROOT_INO, "no", S_IFREG | 0600, 0, 0, 0, &a);
+    if (rc != -EIO && rc != -EROFS)
+        failed("mknod after a failed write or flush: %d", rc);
+}
+
+static void round_fault(struct round *r, struct set *ever)
+{
+    struct rng rng = {hash_mix(r->seed, 99)};
+    struct volume_stat st;
+    size_t events;
+
+    r->faults.kind = rng_chance(&rng, 2) ? FAULT_WRITE : FAULT_SYNC;
+    r->faults.err = rng_chance(&rng, 3) ? ENOSPC : EIO;
+    r->faults.sticky = rng_chance(&rng, 2);
+    r->faults.countdown = 1 + (int64_t)rng_below(&rng, r->faults.kind == FAULT_WRITE ? arg_ops * 2 : arg_ops / 4);
+    r->w.faults = true;
+    if (!round_run(r))
+        return;
+    snprintf(repro, sizeof(repro), "--mode fault --seed %llu --ops %llu (fault kind %d, error %s, sticky %d, op %s)",
+             (unsigned long long)r->seed, (unsigned long long)arg_ops, r->faults.kind, strerror(r->faults.err),
+             r->faults.sticky, r->w.op);
+    volume_stat(r->w.v, &st);
+    if (st.failed) {
+        fault_refuses(r);
+    } else if (r->w.in_doubt) {
+        failed("an operation failed but the volume is not in its error state");
+    } else if (r->faults.hits) {
+        failed("a write or flush failed, and the volume goes on");
+    }
+    for (unsigned k = 0; k < 6 && failures < 20; k++) {
+        /* crash_advance chooses anew what the failed calls left. */
+        struct crash c = {.rec = &r->rec, .rng = {rng_u64(&rng)}};
+        static const enum crash_mode modes[] = {CRASH_ALL,    CRASH_NONE, CRASH_TORN,
+                                                CRASH_SUBSET, CRASH_TORN, CRASH_LOG_ONLY};
+        struct image *image[2];
+        size_t from, to;
+        uint64_t h;
+
+        events = r->rec.n;
+        for (int s = 0; s < 2; s++)
+            c.durable[s] = image_new(r->base[s]);
+        crash_advance(&c, events);
+        h = crash_build(&c, events, modes[k], 0, image);
+        cut_range(r, events, false, &from, &to);
+        distinct += set_add(ever, hash_mix(h, r->seed ^ 0xfa));
+        check_state(r, image, from, to, r->w.in_doubt, &rng);
+        for (int s = 0; s < 2; s++) {
+            image_free(image[s]);
+            image_free(c.durable[s]);
+        }
+    }
+}
+
+/* Writes files of 1 MiB until it fails. Returns the number of good ones; *ret_rc: the error. */
+static unsigned fill(struct round *r, unsigned from, unsigned most, int *ret_rc)
+{
+    struct vattr a;
+    char name[32];
+    unsigned n;
+    int rc = 0;
+
+    for (n = from; n < from + most; n++) {
+        snprintf(name, sizeof(name), "fill%u", n);
+        rc = vol_mknod(r->w.v, VOLUME_ROOT_INO, name, S_IFREG | 0600, 0, 0, 0, &a);
+        if (rc < 0)
+            break;
+        vol_forget(r->w.v, a.ino, 1);
+        memset(r->w.buf, 'a' + (int)(n % 26), 1 << 20);
+        rc = (int)vol_write(r->w.v, a.ino, 0, r->w.buf, 1 << 20);
+        if (rc < 0) {
+            int err = vol_unlink(r->w.v, VOLUME_ROOT_INO, name);
+
+            if (err < 0)
+                failed("unlink on a full filesystem: %s", strerror(-err));
+            break;
+        }
+    }
+    *ret_rc = rc;
+    return n - from;
+}
+
+/* Reads the files of fill. */
+static void fill_verify(struct round *r, unsigned from, unsigned n)
+{
+    struct vattr a;
+    char name[32];
+
+    for (unsigned k = from; k < from + n; k++) {
+        snprintf(name, sizeof(name), "fill%u", k);
+        memset(r->w.buf2, 'a' + (int)(k % 26), 1 << 20);
+        if (vol_lookup(r->w.v, VOLUME_ROOT_INO, name, &a) < 0 ||
+            vol_read(r->w.v, a.ino, 0, r->w.buf, 1 << 20) != 1 << 20 || memcmp(r->w.buf, r->w.buf2, 1 << 20) != 0)
+            failed("%s cannot be read back on a full filesystem", name);
+        else
+            vol_forget(r->w.v, a.ino, 1);
+    }
+}
+
+/* The backing filesystem fills up: ENOSPC, and all else goes on; deleting makes room again. */
+static void round_full(struct round *r)
+{
+    unsigned n, k;
+    char name[32];
+    int rc;
+
+    snprintf(repro, sizeof(repro), "full backing filesystem, seed %llu", (unsigned long long)r->seed);
+    r->faults.kind = FAULT_GROW;
+    r->faults.err = ENOSPC;
+    r->faults.sticky = true;
+    r->faults.countdown = 1;
+    n = fill(r, 0, 200, &rc);
+    if (rc != -ENOSPC || n < 10 || r->faults.hits == 0)
+        failed("%u MiB written, then %s, %llu grows refused", n, strerror(-rc), (unsigned long long)r->faults.hits);
+    rc = vol_sync(r->w.v);
+    if (rc < 0)
+        failed("sync on a full filesystem: %s", strerror(-rc));
+    fill_verify(r, 0, n);
+    for (k = 0; k < n / 2; k++) {
+        snprintf(name, sizeof(name), "fill%u", k);
+        rc = vol_unlink(r->w.v, VOLUME_ROOT_INO, name);
+        if (rc < 0)
+            failed("unlink on a full filesystem: %s", strerror(-rc));
+    }
+    k = fill(r, n, n / 3, &rc);
+    if (rc < 0)
+        failed("after deleting %u MiB only %u MiB fit: %s", n / 2, k, strerror(-rc));
+    check_clean(r->w.v, "on a full filesystem");
+    model_forget_all(r->model);
+    volume_abandon(r->w.v);
+    r->w.v = NULL;
+    rc = open_images(r->live, NULL, &r->faults, NULL, &r->w.v);
+    if (rc < 0) {
+        failed("a full volume does not open: %s", strerror(-rc));
+        return;
+    }
+    fill_verify(r, n / 2, n - n / 2);
+    fill_verify(r, n, k);
+    r->faults.kind = FAULT_NONE;
+    k = fill(r, 1000, 200, &rc);
+    if (rc != -ENOSPC)
+        failed("the size limit does not hold: %u MiB more written", k);
+    fill_verify(r, 1000, k);
+    rc = volume_close(r->w.v);
+    r->w.v = NULL;
+    if (rc < 0)
+        failed("close of a full volume: %s", strerror(-rc));
+    rc = open_images(r->live, NULL, NULL, NULL, &r->w.v);
+    if (rc < 0) {
+        failed("a full volume does not open: %s", strerror(-rc));
+        return;
+    }
+    check_clean(r->w.v, "of a full volume");
+    fill_verify(r, 1000, k);
+}
+
+/* --- main --- */
+
+static int usage(void)
+{
+    fprintf(stderr,
+            "usage: powercut [--seed N] [--ops N] [--states N] [--seconds N] [--mode cut|fault|both] [--cut N]\n");
+    return 2;
+}
+
+static bool parse(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"seed", 1, 0, 's'}, {"ops", 1, 0, 'o'}, {"states", 1, 0, 't'}, {"seconds", 1, 0, 'S'},
+        {"mode", 1, 0, 'm'}, {"cut", 1, 0, 'c'}, {0, 0, 0, 0}};
+    int c;
+
+    while ((c = getopt_long(argc, argv, "", options, NULL)) != -1) {
+        switch (c) {
+        case 's':
+            arg_seed = strtoull(optarg, NULL, 0);
+            break;
+        case 'o':
+            arg_ops = MAX(strtoull(optarg, NULL, 0), 8);
+            break;
+        case 't':
+            arg_states = MAX(strtoull(optarg, NULL, 0), 1);
+            break;
+        case 'S':
+            arg_seconds = strtoull(optarg, NULL, 0);
+            break;
+        case 'm':
+            arg_cuts = strcmp(optarg, "fault") != 0;
+            arg_faults = strcmp(optarg, "cut") != 0;
+            break;
+        case 'c':
+            arg_cut = strtoll(optarg, NULL, 0);
+            arg_faults = false;
+            break;
+        default:
+            return false;
+        }
+    }
+    return optind == argc;
+}
+
+int main(int argc, char **argv)
+{
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGALRM};
+    uint64_t rounds = 0, fault_rounds = 0;
+    struct set ever = {0};
+    int64_t deadline;
+
+    if (!parse(argc, argv))
+        return usage();
+    if (secmem_init() < 0 || !(volume_key = key_new())) {
+        fprintf(stderr, "powercut: no locked memory\n");
+        return 1;
+    }
+    memset(volume_key->b, 0x5c, sizeof(volume_key->b));
+    for (size_t k = 0; k < ARRAY_LEN(signals); k++)
+        signal(signals[k], on_signal);
+    deadline = mono_ns() + (int64_t)arg_seconds * 1000000000;
+    if (arg_faults) {
+        struct round r;
+
+        alarm(120);
+        if (round_begin(&r, arg_seed))
+            round_full(&r);
+        round_end(&r);
+    }
+    for (uint64_t seed = arg_seed; failures < 20; seed++) {
+        bool fault = arg_faults && (!arg_cuts || seed % 2 == 0);
+        struct round r;
+
+        /* In mode both, an even seed stands for ten fault rounds and then its cuts. */
+        for (unsigned k = 0; fault && k < 10; k++) {
+            alarm(120);
+            if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed))
+                round_fault(&r, &ever);
+            round_end(&r);
+            fault_rounds++;
+            if (!arg_cuts)
+                break;
+        }
+        if (arg_cuts) {
+            alarm(120);
+            if (round_begin(&r, seed) && round_run(&r))
+                round_cuts(&r, &ever, deadline);
+            round_end(&r);
+            rounds++;
+        }
+        if (arg_cut >= 0 || mono_ns() > deadline)
+            break;
+    }
+    alarm(0);
+    printf("powercut: %llu rounds, %llu fault rounds, %llu opens, %llu repeated states left out\n",
+           (unsigned long long)rounds, (unsigned long long)fault_rounds, (unsigned long long)opens,
+           (unsigned long long)skipped);
+    printf("states %llu, distinct %llu, failures %llu\n", (unsigned long long)states, (unsigned long long)distinct,
+           (unsigned long long)failures);
+    free(ever.slot);
+    key_free(&volume_key);
+    return failures ? 1 : 0;
+}
