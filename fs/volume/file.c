@@ -437,6 +437,7 @@ struct change {
     uint64_t size;
     bool clear_inline;
     bool grows; /* not allowed to use the reserve */
+    bool quiet; /* only the form changes: no new times, so that a crash, or an error, right after it shows nothing */
 };
 
 /* Logs a batch (which may be empty) and the inode's new size in one transaction. */
@@ -463,7 +464,8 @@ static int commit_batch(struct volume *v, uint64_t ino, struct batch *b, const s
         rc = tx_drop_inline(&tx, &inode);
     if (rc == 0) {
         inode.size = c->size;
-        inode.mtime = inode.ctime = tx.now;
+        if (!c->quiet)
+            inode.mtime = inode.ctime = tx.now;
         rc = tx_inode_put(&tx, &inode);
     }
     if (rc == 0 && tx_size(&tx) > log_body_max(v->log))
@@ -543,7 +545,7 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
         if (rc == 0)
             rc = batch_write_hard(v, b, 0, 1, plain, true);
         if (rc == 0)
-            rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true});
+            rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true, true});
         if (rc < 0)
             goto out;
         free(plain);
@@ -569,7 +571,7 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
     if (n)
         rc = batch_write_hard(v, b, lo, hi - lo, buf, grows);
     if (rc == 0)
-        rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows});
+        rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows, false});
 out:
     free(plain);
     free(b);

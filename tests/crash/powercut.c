@@ -113,8 +113,7 @@ struct mark {
     size_t start, end; /* events recorded before and after the operation */
     bool synced;       /* it made itself and all before it durable */
     struct snap *snap; /* the tree after it */
-    enum soft soft;    /* of inode soft_ino, while it is under way */
-    uint64_t soft_ino;
+    struct middle middle; /* what it may show between its transactions */
     char *text;
 };
 
@@ -156,10 +155,9 @@ static void round_mark(struct round *r, size_t start, bool synced, const char *t
                                         .end = r->rec.n,
                                         .synced = synced,
                                         .snap = snap_model(r->model),
-                                        .soft = r->w.soft,
-                                        .soft_ino = r->w.soft_ino,
+                                        .middle = r->w.middle,
                                         .text = xstrdup(text)};
-    r->w.soft = SOFT_NONE;
+    r->w.middle = (struct middle){.kind = MIDDLE_NONE}; /* the mark's now */
 }
 
 /* Makes the fresh volume and opens it. */
@@ -194,6 +192,7 @@ static bool round_begin(struct round *r, uint64_t seed)
     }
     r->model = model_new(VOLUME_ROOT_INO, S_IFDIR | 0755, 0, 0);
     world_init(&r->w, v, r->model, seed);
+    r->w.middles = true;
     r->w.block = r->block;
     r->w.size_limit = SIZE_LIMIT;
     r->w.max_pages = 200 + rng_below(&r->w.rng, 400);
@@ -210,6 +209,7 @@ static void round_end(struct round *r)
         volume_abandon(r->w.v);
     for (size_t k = 0; k < r->marks; k++) {
         snap_free(r->mark[k].snap);
+        middle_clear(&r->mark[k].middle);
         free(r->mark[k].text);
     }
     free(r->mark);
@@ -386,23 +386,22 @@ static void works_on(struct image *const image[2], struct volume *v, struct rng 
     world_free(&w);
 }
 
-/* Is the tree that after one of the operations from .. to, or of `to` under way? */
-static bool is_in_history(struct round *r, struct snap *s, size_t from, size_t to, bool under_way)
+/* Is the tree that after one of the operations from .. to, or between the transactions of one of those after `from`? */
+static bool is_in_history(struct round *r, struct volume *v, struct snap *s, size_t from, size_t to)
 {
-    const struct mark *last = &r->mark[to];
     bool loose = r->w.faults;
 
     for (size_t k = to + 1; k-- > from;)
         if (loose ? s->loose == r->mark[k].snap->loose : s->full == r->mark[k].snap->full)
             return true;
-    return under_way && to > from && last->soft != SOFT_NONE &&
-           (snap_equal_but(s, r->mark[to - 1].snap, last->soft_ino, last->soft, loose) ||
-            snap_equal_but(s, last->snap, last->soft_ino, last->soft, loose));
+    for (size_t k = to; k > from; k--)
+        if (middle_fair(v, s, r->mark[k - 1].snap, &r->mark[k].middle, r->block, loose))
+            return true;
+    return false;
 }
 
-/* Opens one state and checks all of it. from, to: operations that the tree may show; under_way: `to` has not ended. */
-static void check_state(struct round *r, struct image *const image[2], size_t from, size_t to, bool under_way,
-                        struct rng *rng)
+/* Opens one state and checks all of it. from, to: operations that the tree may show. */
+static void check_state(struct round *r, struct image *const image[2], size_t from, size_t to, struct rng *rng)
 {
     bool loose = r->w.faults;
     uint64_t before = failures;
@@ -421,7 +420,7 @@ static void check_state(struct round *r, struct image *const image[2], size_t fr
     s = snap_volume(v, VOLUME_ROOT_INO);
     if (s->err)
         failed("walk: %s", s->why);
-    if (!s->err && !is_in_history(r, s, from, to, under_way)) {
+    if (!s->err && !is_in_history(r, v, s, from, to)) {
         failed("the tree is not a prefix of history that holds all that was made durable");
         explain(r, s, from, to, loose);
     }
@@ -470,7 +469,7 @@ static void cut_at(struct round *r, struct crash *c, size_t cut, struct set *see
                  (int)mode, to, r->mark[to].text);
         distinct += set_add(ever, hash_mix(h, r->seed));
         if (set_add(seen, hash_mix(h, from)))
-            check_state(r, image, from, to, r->mark[to].end > cut, &c->rng);
+            check_state(r, image, from, to, &c->rng);
         else
             skipped++;
         image_free(image[0]);
@@ -565,7 +564,7 @@ static void round_fault(struct round *r, struct set *ever)
         h = crash_build(&c, events, modes[k], 0, image);
         cut_range(r, events, false, &from, &to);
         distinct += set_add(ever, hash_mix(h, r->seed ^ 0xfa));
-        check_state(r, image, from, to, r->w.in_doubt, &rng);
+        check_state(r, image, from, to, &rng);
         for (int s = 0; s < 2; s++) {
             image_free(image[s]);
             image_free(c.durable[s]);

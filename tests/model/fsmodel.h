@@ -613,12 +613,35 @@ UNUSED static unsigned snap_diff(struct snap *have, struct snap *want, bool loos
     return diffs;
 }
 
-/* What of one inode may show neither the state before an operation nor that after it while it is under way. */
-enum soft { SOFT_NONE, SOFT_TIMES, SOFT_ALL };
-
-/* Do the listings agree, but for what is soft of inode ino? loose as everywhere: no inode numbers but ino's, no times.
+/*
+ * What one inode may show while an operation of several transactions is under way. All else is as before the operation
+ * and, between transactions, nothing is torn: a block of the volume is old or new, and the size too.
  */
-UNUSED static bool snap_equal_but(struct snap *have, struct snap *want, uint64_t ino, enum soft soft, bool loose)
+enum middle_kind {
+    MIDDLE_NONE,   /* one transaction: before or after it */
+    MIDDLE_SIZED,  /* setattr: first the size (`snap`, with other times of the inode), then the rest */
+    MIDDLE_BLOCKS, /* a hole that is being made: each block old or new, the size old or new, other times */
+};
+
+struct middle {
+    enum middle_kind kind;
+    uint64_t ino;
+    struct snap *snap;
+    uint8_t *was, *is; /* contents, with zeroes up to bytes */
+    uint64_t was_size, is_size, bytes;
+};
+
+UNUSED static void middle_clear(struct middle *m)
+{
+    snap_free(m->snap);
+    free(m->was);
+    free(m->is);
+    *m = (struct middle){.kind = MIDDLE_NONE};
+}
+
+/* Do the listings agree, but for times of inode ino, and, with content, its size and content? loose as everywhere: no
+ * inode numbers but ino's, no times. */
+UNUSED static bool snap_equal_but(struct snap *have, struct snap *want, uint64_t ino, bool content, bool loose)
 {
     if (have->n != want->n)
         return false;
@@ -631,10 +654,43 @@ UNUSED static bool snap_equal_but(struct snap *have, struct snap *want, uint64_t
             return false;
         if (loose ? h->loose == w->loose : h->full == w->full)
             continue;
-        if (w->ino != ino || h->ino != ino || soft == SOFT_NONE || (soft == SOFT_TIMES && h->loose != w->loose))
+        if (w->ino != ino || h->ino != ino || h->mode != w->mode || h->uid != w->uid || h->gid != w->gid ||
+            h->nlink != w->nlink || h->rdev != w->rdev || h->xattrs != w->xattrs || h->atime != w->atime)
+            return false;
+        if (!content && (h->size != w->size || h->content != w->content))
             return false;
     }
     return true;
+}
+
+/* Is each block of the file old or new, and the size? */
+static bool blocks_old_or_new(struct volume *v, const struct middle *m, uint32_t block)
+{
+    struct vattr a;
+    uint8_t *now = xcalloc(1, m->bytes);
+    bool ok;
+
+    ok = vol_getattr(v, m->ino, &a) == 0 && (a.size == m->was_size || a.size == m->is_size) &&
+         vol_read(v, m->ino, 0, now, m->bytes) == (ssize_t)a.size;
+    for (uint64_t at = 0; at < m->bytes && ok; at += block)
+        ok = memcmp(now + at, m->was + at, block) == 0 || memcmp(now + at, m->is + at, block) == 0;
+    free(now);
+    return ok;
+}
+
+/* Is `have`, the listing of v, what an operation under way after `before` may show? */
+UNUSED static bool middle_fair(struct volume *v, struct snap *have, struct snap *before, const struct middle *m,
+                               uint32_t block, bool loose)
+{
+    switch (m->kind) {
+    case MIDDLE_NONE:
+        break;
+    case MIDDLE_SIZED:
+        return snap_equal_but(have, m->snap, m->ino, false, loose);
+    case MIDDLE_BLOCKS:
+        return snap_equal_but(have, before, m->ino, true, loose) && blocks_old_or_new(v, m, block);
+    }
+    return false;
 }
 
 /* --- the world --- */
@@ -651,6 +707,8 @@ struct world {
     bool faults;                 /* EIO, EROFS and ENOSPC may come */
     bool in_doubt;               /* the operation failed by a fault: applied to the model, may be there or not */
     bool synced;                 /* the operation made all before it durable */
+    bool middles;                /* keep what an operation under way may show, in middle */
+    struct middle middle;
     uint64_t ops, nospc, errors; /* errors: operations that both sides refused */
     char op[400];                /* the operation under way */
     char fail[900];              /* the first difference, or "" */
@@ -674,6 +732,7 @@ UNUSED static void world_init(struct world *w, struct volume *v, struct model *m
 
 UNUSED static void world_free(struct world *w)
 {
+    middle_clear(&w->middle);
     free(w->buf);
     free(w->buf2);
 }
@@ -1235,18 +1294,18 @@ static void op_setattr(struct world *w)
     in.ctime = (int64_t)rng_below(&w->rng, 1700000000000000000ull);
     world_op(w, "setattr %llu set %x size %llu -> %llu", (unsigned long long)i->ino, set, (unsigned long long)i->size,
              (unsigned long long)in.size);
-    w->soft = (set & VOL_SET_SIZE) && set != VOL_SET_SIZE ? SOFT_ALL : SOFT_NONE; /* first the size, then the rest */
-    w->soft_ino = i->ino;
     if (!expect(w, vol_setattr(w->v, i->ino, set, &in, &a), want))
         return;
+    if (set & VOL_SET_SIZE)
+        m_truncate(w->m, i, in.size);
+    if (w->middles && (set & VOL_SET_SIZE) && set != VOL_SET_SIZE)
+        w->middle = (struct middle){.kind = MIDDLE_SIZED, .ino = i->ino, .snap = snap_model(w->m)};
     if (set & VOL_SET_MODE)
         i->mode = in.mode;
     if (set & VOL_SET_UID)
         i->uid = in.uid;
     if (set & VOL_SET_GID)
         i->gid = in.gid;
-    if (set & VOL_SET_SIZE)
-        m_truncate(w->m, i, in.size);
     if (w->in_doubt)
         return;
     expect_attr(w, i, &a);
@@ -1443,8 +1502,6 @@ static void op_write(struct world *w)
         rng_fill(&w->rng, w->buf, n);
     world_op(w, "write %llu at %llu length %zu (size %llu)", (unsigned long long)i->ino, (unsigned long long)off, n,
              (unsigned long long)i->size);
-    w->soft = SOFT_TIMES;
-    w->soft_ino = i->ino;
     rc = vol_write(w->v, i->ino, off, w->buf, n);
     if (!data_kind_ok(w, i, rc) || !expect(w, rc, want))
         return;
@@ -1474,6 +1531,24 @@ static void op_read(struct world *w)
         }
 }
 
+/* Notes a file's content before a hole is made, up to `end` at least, and after. */
+static void middle_hole_before(struct world *w, const struct m_inode *i, uint64_t end)
+{
+    struct middle m = {.kind = MIDDLE_BLOCKS, .ino = i->ino, .was_size = i->size};
+
+    m.bytes = (end + w->block - 1) / w->block * w->block;
+    m.was = xcalloc(1, m.bytes);
+    m.is = xcalloc(1, m.bytes);
+    m_read(i, 0, m.was, m.bytes);
+    w->middle = m;
+}
+
+static void middle_hole_after(struct world *w, const struct m_inode *i)
+{
+    w->middle.is_size = i->size;
+    m_read(i, 0, w->middle.is, w->middle.bytes);
+}
+
 static void op_fallocate(struct world *w)
 {
     struct m_inode *i = pick(w, PICK_FILE);
@@ -1485,19 +1560,23 @@ static void op_fallocate(struct world *w)
                                 FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE};
     int mode = modes[rng_below(&w->rng, ARRAY_LEN(modes))];
     uint64_t off = random_offset(w, i), len = random_length(w), end = off + len;
+    bool hole;
 
     if (!S_ISREG(i->mode))
         return;
     world_op(w, "fallocate %llu mode %x at %llu length %llu (size %llu)", (unsigned long long)i->ino, mode,
              (unsigned long long)off, (unsigned long long)len, (unsigned long long)i->size);
-    w->soft = SOFT_ALL; /* several transactions, like the edges and the middle of a hole */
-    w->soft_ino = i->ino;
     if (!expect(w, vol_fallocate(w->v, i->ino, mode, off, len), 0))
         return;
+    hole = w->middles && (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE));
+    if (hole)
+        middle_hole_before(w, i, MAX(i->size, end));
     if (mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE))
         m_zero(w->m, i, off, end);
     if (!(mode & FALLOC_FL_KEEP_SIZE))
         i->size = MAX(i->size, end);
+    if (hole)
+        middle_hole_after(w, i);
     world_adopt(w, i);
 }
 
@@ -1608,7 +1687,7 @@ UNUSED static void world_step(struct world *w, bool changes_only)
             r -= world_ops[k].weight;
     } while (changes_only && !world_ops[k].changes);
     w->synced = false;
-    w->soft = SOFT_NONE;
+    middle_clear(&w->middle);
     w->op[0] = 0;
     world_ops[k].run(w);
     w->ops++;
