@@ -438,7 +438,7 @@ out:
 
 /* --- volumes --- */
 
-/* The volume of this name and its index, or -ENOKEY, -ENOENT. */
+/* The volume of this name and its index (which may be NULL). -ENOKEY, -ENOENT. */
 static int find(const struct keystore *k, const char *name, struct ks_volume **ret, unsigned *ret_at)
 {
     unsigned at;
@@ -447,10 +447,10 @@ static int find(const struct keystore *k, const char *name, struct ks_volume **r
     if (!k->keys)
         return -ENOKEY;
     at = ks_body_find(k->body, name, &found);
-    if (ret_at)
-        *ret_at = at;
     if (!found)
         return -ENOENT;
+    if (ret_at)
+        *ret_at = at;
     *ret = k->body->volumes[at];
     return 0;
 }
@@ -483,6 +483,7 @@ static int volume_new(const struct ks_keys *keys, const struct agent_volume *v, 
 int keystore_volume_add(struct keystore *k, struct agent_volume *v)
 {
     struct ks_volume *n;
+    bool found;
     unsigned at;
     int rc;
 
@@ -490,8 +491,8 @@ int keystore_volume_add(struct keystore *k, struct agent_volume *v)
         return -ENOKEY;
     if (!ks_volume_ok(v))
         return -EINVAL;
-    rc = find(k, v->name, &n, &at);
-    if (rc == 0)
+    at = ks_body_find(k->body, v->name, &found);
+    if (found)
         return -EEXIST;
     if (k->body->n == KEYSTORE_VOLUMES_MAX)
         return -ENOSPC;

@@ -1,0 +1,335 @@
+/*
+ * life.c - whether the volume is open, and who may enter it.
+ *
+ *   LOCKED --open_volume--> OPENING --(key, recovery)--> OPEN --life_lock--> LOCKING --> LOCKED
+ *                              |                                                          ^
+ *                              +----------------- the open failed -----------------------+
+ *   any --life_stop: nothing is opened from then on
+ *
+ * Owns the volume. Invariants:
+ *  1. `volume` is set and cleared only under engine_lock held exclusively; whoever works with it holds it shared, from
+ *     life_enter* to life_leave.
+ *  2. While LOCKING only the kernel's own requests come in (its writeback): grants have ended before.
+ *  3. The stores work on duplicates of the descriptors, so that the volume can be opened again.
+ */
+#include "mount.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <sodium.h>
+#include <stdlib.h>
+
+enum life_state { LOCKED, OPENING, OPEN, LOCKING };
+
+static pthread_rwlock_t engine_lock = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP; /* volume */
+static struct volume *volume;
+
+static pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
+static pthread_cond_t state_cond = PTHREAD_COND_INITIALIZER;
+static enum life_state state = LOCKED;
+static bool stopped;
+
+#define SLICE_NS 50000000ll /* between looks at an interrupt */
+
+/* --- entering --- */
+
+static bool enter_open(struct volume **ret_volume)
+{
+    pthread_rwlock_rdlock(&engine_lock);
+    if (volume) {
+        *ret_volume = volume;
+        return true;
+    }
+    pthread_rwlock_unlock(&engine_lock);
+    return false;
+}
+
+void life_leave(void)
+{
+    pthread_rwlock_unlock(&engine_lock);
+}
+
+bool life_is_open(void)
+{
+    bool open;
+
+    pthread_mutex_lock(&state_lock);
+    open = state == OPEN;
+    pthread_mutex_unlock(&state_lock);
+    return open;
+}
+
+int life_enter_handle(uint64_t fh, struct volume **ret_volume)
+{
+    int rc = auth_handle_check(fh);
+
+    if (rc < 0)
+        return rc;
+    return enter_open(ret_volume) ? 0 : -EKEYREVOKED;
+}
+
+int life_enter_kernel(struct volume **ret_volume)
+{
+    return enter_open(ret_volume) ? 0 : -EIO;
+}
+
+void life_enter_any(struct volume **ret_volume)
+{
+    pthread_rwlock_rdlock(&engine_lock);
+    *ret_volume = volume;
+}
+
+/* Waits while the volume is opened or locked. 0, -EINTR, -EACCES after `end`. */
+static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&state_lock);
+    while (rc == 0 && (state == OPENING || state == LOCKING)) {
+        struct timespec ts;
+
+        if (mono_ns() > end)
+            rc = -EACCES;
+        else if (req && fuse_req_interrupted(req))
+            rc = -EINTR;
+        clock_gettime(CLOCK_REALTIME, &ts);
+        ts.tv_nsec += SLICE_NS;
+        if (ts.tv_nsec >= 1000000000) {
+            ts.tv_sec++;
+            ts.tv_nsec -= 1000000000;
+        }
+        if (rc == 0)
+            pthread_cond_timedwait(&state_cond, &state_lock, &ts);
+    }
+    *ret_open = state == OPEN;
+    if (rc == 0 && stopped)
+        rc = -EACCES;
+    pthread_mutex_unlock(&state_lock);
+    return rc;
+}
+
+static void set_state(enum life_state s)
+{
+    pthread_mutex_lock(&state_lock);
+    state = s;
+    pthread_cond_broadcast(&state_cond);
+    pthread_mutex_unlock(&state_lock);
+}
+
+/* --- opening --- */
+
+static struct store *store_dup(int fd)
+{
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 16);
+
+    return copy < 0 ? NULL : store_fd_take(copy);
+}
+
+/* The kernel's references of before the locking are the engine's again. */
+static void take_references(struct volume *v)
+{
+    uint64_t *ino, *refs;
+    size_t n = inodes_list(INODES_ALL, &ino, &refs);
+
+    for (size_t i = 0; i < n; i++)
+        if (refs[i])
+            vol_reference(v, ino[i], refs[i]);
+    free(ino);
+    free(refs);
+}
+
+static int open_stores(const struct key *key, const struct volume_params *params, struct volume **ret)
+{
+    struct volume_options o = {.background = true, .on_damage = control_damage};
+    struct store *data = store_dup(SERVER_FD_DATA), *log = store_dup(SERVER_FD_LOG);
+
+    if (!data || !log) {
+        if (data)
+            data->ops->close(data);
+        if (log)
+            log->ops->close(log);
+        return -EMFILE;
+    }
+    randombytes_buf(&o.mount_id, sizeof(o.mount_id));
+    return volume_open(data, log, key, params->id, &o, ret);
+}
+
+/* Opens the volume unless somebody else does or did. */
+static int open_volume(const struct key *key, const struct volume_params *params)
+{
+    struct volume *v = NULL;
+    int rc;
+
+    pthread_mutex_lock(&state_lock);
+    if (stopped || state != LOCKED) {
+        rc = stopped ? -EACCES : 0;
+        pthread_mutex_unlock(&state_lock);
+        return rc;
+    }
+    state = OPENING;
+    pthread_mutex_unlock(&state_lock);
+    rc = open_stores(key, params, &v);
+    if (rc < 0) {
+        log_err("volume %s: cannot be opened: %s", mount_config.name, strerror(-rc));
+        set_state(LOCKED);
+        return -EIO;
+    }
+    pthread_rwlock_wrlock(&engine_lock);
+    take_references(v);
+    volume = v;
+    pthread_rwlock_unlock(&engine_lock);
+    set_state(OPEN);
+    return 0;
+}
+
+/* Asks the agent once, and opens if the answer brings the key. */
+static int ask_and_open(fuse_req_t req, uint32_t opcode, unsigned flags, bool open, struct auth *ret)
+{
+    const struct fuse_ctx *ctx = fuse_req_ctx(req);
+    struct agent_auth ask = {.tid = ctx->pid, .uid = ctx->uid, .opcode = opcode};
+    struct volume_params params;
+    struct key *key = NULL;
+    int rc;
+
+    ask.flags = (open ? 0 : AGENT_AUTH_WANT_KEY) | (flags & LIFE_WRITE ? AGENT_AUTH_WRITE : 0) |
+                (flags & LIFE_PROBE ? AGENT_AUTH_PROBE : 0);
+    rc = channel_ask(req, &ask, ret, &key, &params);
+    if (rc < 0)
+        return rc;
+    if (ret->kind == AGENT_ALLOW && (flags & LIFE_WRITE) && ret->read_only)
+        rc = -EROFS;
+    else if (ret->kind == AGENT_ALLOW && key)
+        rc = open_volume(key, &params);
+    else if (ret->kind == AGENT_ALLOW && !open)
+        rc = -ENOKEY;
+    key_free(&key);
+    if (rc < 0)
+        auth_put(ret);
+    return rc;
+}
+
+int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret, struct volume **ret_volume)
+{
+    int64_t end = mono_ns() + (int64_t)MOUNT_WAIT_MS * 1000000;
+    pid_t tid = fuse_req_ctx(req)->pid;
+    bool open;
+    int rc;
+
+    for (;;) {
+        if (auth_cached(tid, flags & LIFE_WRITE, ret)) {
+            if (enter_open(ret_volume))
+                return 0;
+            auth_put(ret);
+        }
+        rc = wait_settled(req, end, &open);
+        if (rc == 0)
+            rc = ask_and_open(req, opcode, flags, open, ret);
+        if (rc < 0)
+            return rc;
+        if (ret->kind == AGENT_PLACEHOLDER) {
+            *ret_volume = NULL;
+            pthread_rwlock_rdlock(&engine_lock);
+            return 0;
+        }
+        if (enter_open(ret_volume)) {
+            if (auth_live(ret))
+                return 0;
+            life_leave();
+            auth_put(ret);
+            return -EACCES;
+        }
+        auth_put(ret);
+        if (mono_ns() > end)
+            return -EACCES;
+    }
+}
+
+/* --- locking --- */
+
+struct name_list {
+    char **name;
+    size_t n;
+};
+
+static int collect_name(void *ctx, const char *name, uint64_t ino, uint32_t type, uint64_t cookie,
+                        const struct vattr *attr)
+{
+    struct name_list *l = ctx;
+
+    (void)ino;
+    (void)type;
+    (void)attr;
+    if (cookie < 3)
+        return 0;
+    l->name = xrealloc(l->name, (l->n + 1) * sizeof(*l->name));
+    l->name[l->n++] = xstrdup(name);
+    return 0;
+}
+
+static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
+{
+    uint64_t *ino;
+    size_t n = inodes_list(which, &ino, NULL);
+
+    for (size_t i = 0; i < n; i++)
+        fuse_lowlevel_notify_inval_inode(se, ino[i], 0, 0);
+    free(ino);
+}
+
+static void invalidate_root_entries(struct fuse_session *se)
+{
+    struct name_list l = {0};
+    struct volume *v;
+
+    life_enter_any(&v);
+    if (v)
+        vol_readdir(v, VOLUME_ROOT_INO, 0, false, collect_name, &l);
+    life_leave();
+    for (size_t i = 0; i < l.n; i++) {
+        size_t len = strlen(l.name[i]);
+
+        fuse_lowlevel_notify_inval_entry(se, VOLUME_ROOT_INO, l.name[i], len);
+        explicit_bzero(l.name[i], len);
+        free(l.name[i]);
+    }
+    free(l.name);
+}
+
+int life_lock(struct fuse_session *se, bool notify)
+{
+    struct volume *v;
+    int rc;
+
+    pthread_mutex_lock(&state_lock);
+    while (state == OPENING || state == LOCKING)
+        pthread_cond_wait(&state_cond, &state_lock);
+    if (state == LOCKED) {
+        pthread_mutex_unlock(&state_lock);
+        auth_end_all();
+        return 0;
+    }
+    state = LOCKING;
+    pthread_mutex_unlock(&state_lock);
+    auth_end_all();
+    if (notify) {
+        invalidate_inodes(se, INODES_WRITTEN); /* writes dirty pages and waits for them */
+        invalidate_root_entries(se);
+    }
+    pthread_rwlock_wrlock(&engine_lock);
+    v = volume;
+    volume = NULL;
+    rc = volume_close(v);
+    pthread_rwlock_unlock(&engine_lock);
+    if (notify)
+        invalidate_inodes(se, INODES_ALL);
+    set_state(LOCKED);
+    return rc;
+}
+
+void life_stop(void)
+{
+    pthread_mutex_lock(&state_lock);
+    stopped = true;
+    pthread_cond_broadcast(&state_cond);
+    pthread_mutex_unlock(&state_lock);
+}
