@@ -32,10 +32,10 @@ static void erase(int fd)
 
     if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || st.st_nlink > 1)
         return;
+    randombytes_buf(noise, sizeof(noise));
     for (uint64_t off = 0; off < (uint64_t)st.st_size; off += sizeof(noise)) {
         size_t n = MIN(sizeof(noise), (uint64_t)st.st_size - off);
 
-        randombytes_buf(noise, n);
         if (pwrite_full(fd, noise, n, off) < 0)
             break;
     }

@@ -136,11 +136,18 @@ static void op_init(void *userdata, struct fuse_conn_info *conn)
 
 bool adapter_ready(uint32_t opcode, uint64_t ino, pid_t tid, bool by_handle)
 {
+    struct auth a;
+
     (void)opcode;
     (void)ino;
-    (void)tid;
-    (void)by_handle;
-    return life_is_open();
+    if (!life_is_open())
+        return false;
+    if (by_handle)
+        return true;
+    if (!auth_cached(tid, false, &a))
+        return false;
+    auth_put(&a);
+    return true;
 }
 
 /* --- names --- */

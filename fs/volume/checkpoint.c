@@ -3,8 +3,8 @@
  *
  *   freeze   [state exclusive]  give every dirty node an address, write the bitmaps into their items, seal all dirty nodes
  *                               into buffers, switch to the next log segment
- *   write    (operations go on) nodes to free space, sync `data`, superblock twice to the slot that does not hold the
- *                               newest, sync `data`
+ *   write    (operations go on) nodes to free space, sync `data`, wait for records that the older segment still awaits,
+ *                               superblock twice to the slot that does not hold the newest, sync `data`
  *   thaw                        space freed before the freeze becomes free
  *
  * Giving addresses changes bitmaps, whose items are in nodes, which then need addresses: freeze repeats until nothing new
@@ -152,7 +152,8 @@ static int page_order(const void *a, const void *b)
 /* Neighbours go out together, and each write is started at once, so that the sync after it finds little to do. */
 static int write_pages(struct volume *v, struct tree_page *pages, size_t n)
 {
-    qsort(pages, n, sizeof(*pages), page_order);
+    if (n)
+        qsort(pages, n, sizeof(*pages), page_order);
     for (size_t i = 0; i < n;) {
         struct iovec iov[PAGES_A_WRITE];
         uint64_t off = pages[i].addr * UNIT_BYTES;
@@ -182,7 +183,7 @@ static int write_super(struct volume *v, const struct disk_super *super)
         if (rc < 0)
             return rc;
     }
-    return v->data->ops->sync(v->data);
+    return volume_sync_data(v);
 }
 
 static int write_frozen(struct volume *v, struct frozen *f)
@@ -191,7 +192,10 @@ static int write_frozen(struct volume *v, struct frozen *f)
 
     rc = write_pages(v, f->pages, f->n);
     if (rc == 0)
-        rc = v->data->ops->sync(v->data);
+        rc = volume_sync_data(v);
+    /* The next generation but one writes over this one's segment: nobody may still be about to write into it. */
+    if (rc == 0)
+        rc = log_wait(v, le64_get(f->super.sequence));
     if (rc == 0)
         rc = write_super(v, &f->super);
     return rc;

@@ -354,6 +354,9 @@ static int link_inode(struct tx *tx, uint64_t ino, uint64_t dir_ino, const char 
         rc = get_dir(tx, dir_ino, &dir);
     if (rc == 0)
         rc = entry_place(tx, &dir, name, &key);
+    /* Without a reference its destruction may be under way. */
+    if (rc == 0 && ret->nlink == 0 && !refs_held(tx->v->refs, ino))
+        rc = -ENOENT;
     if (rc == 0 && ret->nlink++ == 0)
         rc = tx_del(tx, &(struct tree_key){.kind = ITEM_ORPHAN, .a = ino});
     if (rc == 0)

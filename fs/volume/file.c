@@ -814,6 +814,25 @@ static int zero_range(struct volume *v, const struct inode *inode, uint64_t off,
     return rc;
 }
 
+/* Is there room for a file of len bytes? */
+static int check_room(struct volume *v, const struct inode *inode, uint64_t len)
+{
+    uint64_t blocks = blocks_of(v, len), units;
+    int rc;
+
+    if (blocks <= inode->blocks)
+        return 0;
+    units = (blocks - inode->blocks) * v->block_units;
+    if (space_room(v->space, units, 0))
+        return 0;
+    if (!space_has_pending(v->space))
+        return -ENOSPC;
+    rc = volume_checkpoint(v);
+    if (rc < 0)
+        return rc;
+    return space_room(v->space, units, 0) ? 0 : -ENOSPC;
+}
+
 int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64_t len)
 {
     pthread_rwlock_t *stripe = inode_lock(v, ino);
@@ -834,9 +853,8 @@ int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64
     rc = get_regular(v, ino, &inode);
     if (rc == 0 && what)
         rc = zero_range(v, &inode, off, len);
-    else if (rc == 0 && blocks_of(v, len) > inode.blocks &&
-             !space_room(v->space, (blocks_of(v, len) - inode.blocks) * v->block_units, 0))
-        rc = -ENOSPC;
+    else if (rc == 0)
+        rc = check_room(v, &inode, len);
     if (rc == 0 && !keep && off + len > inode.size) {
         rc = get_regular(v, ino, &inode);
         if (rc == 0)

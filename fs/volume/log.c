@@ -28,6 +28,7 @@ struct log {
     uint64_t data_flushed; /* extents of all at or below are durable */
     uint64_t flushed;      /* all at or below are durable */
     bool flushing;
+    bool promised; /* log_has_room said yes, and nothing was reserved since */
     bool done[INFLIGHT_MAX]; /* [sequence % INFLIGHT_MAX]: written, but a lower one is not */
 };
 
@@ -67,6 +68,7 @@ bool log_has_room(struct log *l)
 
     pthread_mutex_lock(&l->mutex);
     ok = l->sector + need <= l->segment_sectors && l->sequence - l->written < INFLIGHT_MAX - 8;
+    l->promised = ok;
     pthread_mutex_unlock(&l->mutex);
     return ok;
 }
@@ -94,6 +96,7 @@ void log_reserve(struct log *l, size_t body, bool with_data, struct log_slot *re
 {
     pthread_mutex_lock(&l->mutex);
     reserve(l, body, ret_slot);
+    l->promised = false;
     if (with_data)
         l->data_needed = ret_slot->sequence;
     pthread_mutex_unlock(&l->mutex);
@@ -160,6 +163,16 @@ int log_write(struct volume *v, const struct log_slot *slot, enum record_type ty
     return rc;
 }
 
+int log_wait(struct volume *v, uint64_t sequence)
+{
+    int rc;
+
+    pthread_mutex_lock(&v->log->mutex);
+    rc = wait_written(v, sequence);
+    pthread_mutex_unlock(&v->log->mutex);
+    return rc;
+}
+
 uint64_t log_sequence(struct log *l)
 {
     uint64_t sequence;
@@ -175,20 +188,21 @@ static int flush_data(struct volume *v, uint64_t goal)
 {
     struct log *l = v->log;
     struct log_slot slot;
-    uint64_t flushed;
+    uint64_t flushed, kept;
     bool room;
     int rc;
 
-    rc = v->data->ops->sync(v->data);
+    rc = volume_sync_data(v);
     if (rc < 0)
         return rc;
     pthread_mutex_lock(&l->mutex);
     l->data_flushed = MAX(l->data_flushed, goal);
     goal = l->data_flushed;
     flushed = l->flushed;
-    /* Never at the cost of the record for which log_has_room said yes. */
-    room = l->sector + 1 + record_bytes(log_body_max(l)) / SECTOR_BYTES <= l->segment_sectors &&
-           l->sequence - l->written < INFLIGHT_MAX - 4;
+    /* Never at the cost of the record for which log_has_room said yes. Without it recovery takes damage of these extents
+     * for the end of the log. */
+    kept = l->promised ? record_bytes(log_body_max(l)) / SECTOR_BYTES : 0;
+    room = l->sector + 1 + kept <= l->segment_sectors && l->sequence - l->written < INFLIGHT_MAX - 4;
     if (room)
         reserve(l, 0, &slot);
     pthread_mutex_unlock(&l->mutex);

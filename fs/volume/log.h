@@ -5,7 +5,9 @@
  * sectors; log_write seals it and writes it at its place, outside that lock, and returns when all lower sequences are written
  * too: then the operation may be acknowledged. log_flush makes it durable; flushes are shared.
  *
- * written and flushed only grow; flushed <= data_flushed and flushed <= written <= sequence.
+ * written and flushed only grow; flushed <= data_flushed and flushed <= written <= sequence. A segment is written again only
+ * when all records of its older generation are written: checkpoints wait for them (log_wait), or a thread that was held up
+ * between log_reserve and log_write would overwrite a record of the newer generation.
  */
 #ifndef COFFER_LOG_H
 #define COFFER_LOG_H
@@ -23,7 +25,8 @@ void log_free(struct log *l);
 
 /* The largest body of a record (RECORD_BODY_MAX, less where segments are small). */
 size_t log_body_max(const struct log *l);
-/* Is there room for a record of the largest size, and for FLUSH records beside it? */
+/* [state exclusive] Is there room for a record of the largest size, and for FLUSH records beside it? If so it is kept until
+ * the next log_reserve. */
 bool log_has_room(struct log *l);
 /* More than half full: time for a checkpoint. */
 bool log_wants_checkpoint(struct log *l);
@@ -33,6 +36,8 @@ void log_reserve(struct log *l, size_t body, bool with_data, struct log_slot *re
 /* 0 or -EIO (the volume has failed). */
 int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n);
 
+/* Waits until all records up to sequence are written (not: durable). 0 or -EIO. */
+int log_wait(struct volume *v, uint64_t sequence);
 /* The last reserved sequence: all that was acknowledged until now is at or below it. */
 uint64_t log_sequence(struct log *l);
 /* Makes everything at or below sequence durable. 0 or -EIO. */

@@ -151,8 +151,14 @@ static int64_t find_end(struct volume *v, const struct row *row, uint64_t last)
 
 static bool extent_readable(struct volume *v, const struct extent *e)
 {
-    uint8_t *plain = xmalloc((size_t)e->chunks * v->block);
-    int rc = extent_read(v->keys, v->data, e, v->block, 0, e->chunks, plain);
+    size_t bytes = (size_t)e->chunks * v->block;
+    uint8_t *plain = xmalloc(bytes);
+    int rc;
+
+    /* After a failed flush the page cache may still show what is not on the disk. */
+    if (v->data->ops->drop)
+        v->data->ops->drop(v->data, e->addr * UNIT_BYTES, bytes);
+    rc = extent_read(v->keys, v->data, e, v->block, 0, e->chunks, plain);
 
     free(plain);
     return rc == 0;

@@ -5,7 +5,10 @@
  *  1. free_units = number of units with neither bit set, over all regions; region->free is its share.
  *  2. used + inflight + the released runs' units + free_units = regions * REGION_UNITS.
  *  3. run_hint of a region is never below its longest free run.
- *  4. a region whose used bits differ from its SPACE item has dirty set.
+ *  4. a region whose used bits differ from its SPACE item has dirty set; `dirty` counts these.
+ *  5. whole = number of groups (NODE_UNITS units at a multiple of that) of which all units are free; region->whole is its
+ *     share. Nodes are put into whole groups. The reserve is whole groups: free units in smaller pieces are for data only,
+ *     or a volume that is full of single blocks could not write the checkpoint that it needs to delete one.
  */
 #include "fs/volume/space.h"
 
@@ -15,6 +18,7 @@ struct region {
     uint64_t *used;
     uint64_t *busy;
     uint32_t free;
+    uint32_t whole;
     uint32_t run_hint;
     bool dirty;
 };
@@ -34,7 +38,7 @@ struct space {
     struct region *region;
     uint64_t regions, regions_max;
     uint64_t limit, reserve;
-    uint64_t used, inflight, free_units;
+    uint64_t used, inflight, free_units, whole, dirty;
     uint64_t cursor;      /* where the search for data goes on */
     uint64_t node_cursor; /* a region that had room for nodes */
     struct run_list released, frozen;
@@ -72,13 +76,36 @@ static bool bits_all(const uint64_t *map, uint32_t i, uint32_t n, bool value)
     return true;
 }
 
-/* The first run of free units of at least want, at or after from; else the longest. Returns its length (cut to want). */
-static uint32_t find_run(const struct region *r, uint32_t from, uint32_t want, uint32_t *ret_at)
+/* The groups of a word that are free, as a bit at each one's first unit. */
+static uint64_t whole_groups(const struct region *r, uint32_t word)
+{
+    uint64_t room = ~(r->used[word] | r->busy[word]);
+
+    room &= room >> 1;
+    room &= room >> 2;
+    return room & 0x1111111111111111ull;
+}
+
+_Static_assert(NODE_UNITS == 4 && REGION_UNITS % 64 == 0, "whole_groups");
+
+/* Free groups that have a unit in at .. at + n - 1. */
+static uint32_t count_whole(const struct region *r, uint32_t at, uint32_t n)
+{
+    uint32_t first = at / NODE_UNITS, last = (at + n - 1) / NODE_UNITS, count = 0;
+
+    for (uint32_t g = first; g <= last; g++)
+        count += whole_groups(r, g * NODE_UNITS / 64) >> (g * NODE_UNITS % 64) & 1;
+    return count;
+}
+
+/* The first run of free units of at least want, at or after from; else the longest. Returns its length (cut to want).
+ * scraps: only units outside whole groups. */
+static uint32_t find_run(const struct region *r, uint32_t from, uint32_t want, bool scraps, uint32_t *ret_at)
 {
     uint32_t best = 0, run = 0, start = 0;
 
     for (uint32_t i = from; i < REGION_UNITS; i++) {
-        uint64_t taken = r->used[i / 64] | r->busy[i / 64];
+        uint64_t taken = r->used[i / 64] | r->busy[i / 64] | (scraps ? whole_groups(r, i / 64) * 15 : 0);
 
         if (i % 64 == 0 && taken == UINT64_MAX) {
             run = 0;
@@ -103,6 +130,12 @@ static uint32_t find_run(const struct region *r, uint32_t from, uint32_t want, u
 
 /* --- life --- */
 
+static void set_dirty(struct space *s, struct region *r, bool dirty)
+{
+    s->dirty += (uint64_t)dirty - (uint64_t)r->dirty;
+    r->dirty = dirty;
+}
+
 static void add_region(struct space *s)
 {
     struct region *r;
@@ -110,8 +143,10 @@ static void add_region(struct space *s)
     s->region = xrealloc(s->region, (s->regions + 1) * sizeof(*s->region));
     r = &s->region[s->regions++];
     *r = (struct region){.used = xcalloc(WORDS, 8), .busy = xcalloc(WORDS, 8), .free = REGION_UNITS,
-                         .run_hint = REGION_UNITS, .dirty = true};
+                         .whole = REGION_UNITS / NODE_UNITS, .run_hint = REGION_UNITS};
+    set_dirty(s, r, true);
     s->free_units += REGION_UNITS;
+    s->whole += REGION_UNITS / NODE_UNITS;
 }
 
 struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_units, uint64_t reserve_units)
@@ -156,7 +191,10 @@ void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[RE
         used += (uint32_t)__builtin_popcountll(r->used[i]);
     }
     r->free = REGION_UNITS - used;
-    r->dirty = false;
+    s->whole -= r->whole;
+    r->whole = count_whole(r, 0, REGION_UNITS);
+    s->whole += r->whole;
+    set_dirty(s, r, false);
     s->used += used;
     s->free_units -= used;
 }
@@ -178,6 +216,10 @@ static int grow(struct space *s)
 
 static void take(struct space *s, struct region *r, uint32_t at, uint32_t n, uint64_t *map)
 {
+    uint32_t broken = count_whole(r, at, n);
+
+    r->whole -= broken;
+    s->whole -= broken;
     bits_set(map, at, n, true);
     r->free -= n;
     s->free_units -= n;
@@ -196,7 +238,7 @@ static bool find_full(struct space *s, uint32_t want, uint64_t *ret_region, uint
 
         if (r->run_hint < want || r->free < want)
             continue;
-        got = find_run(r, from, want, ret_at);
+        got = find_run(r, from, want, false, ret_at);
         if (got >= want) {
             *ret_region = k;
             return true;
@@ -217,7 +259,7 @@ static uint32_t find_longest(struct space *s, uint32_t want, uint64_t *ret_regio
 
         if (r->run_hint <= best || r->free <= best)
             continue;
-        got = find_run(r, 0, want, &at);
+        got = find_run(r, 0, want, false, &at);
         if (got < want)
             r->run_hint = got;
         if (got > best) {
@@ -229,9 +271,37 @@ static uint32_t find_longest(struct space *s, uint32_t want, uint64_t *ret_regio
     return best;
 }
 
+/* The longest run outside whole groups in the first region, from the cursor's on, that has one of a step at least. */
+static uint32_t find_scraps(struct space *s, uint32_t want, uint32_t step, uint64_t *ret_region, uint32_t *ret_at)
+{
+    for (uint64_t i = 0; i < s->regions; i++) {
+        uint64_t k = (s->cursor / REGION_UNITS + i) % s->regions;
+        struct region *r = &s->region[k];
+        uint32_t got = r->free - r->whole * NODE_UNITS;
+
+        if (got >= step)
+            got = find_run(r, 0, want, true, ret_at);
+        if (got >= step) {
+            *ret_region = k;
+            return got;
+        }
+    }
+    return 0;
+}
+
+/* May data of `want` units, wherever it is put, break groups? Data that adds to the volume leaves, besides the reserve,
+ * some for nodes of operations that add names. */
+static bool may_break(const struct space *s, uint64_t want, bool from_reserve)
+{
+    uint64_t keep = from_reserve ? s->reserve / 2 : s->reserve + s->reserve / 4;
+
+    return s->whole * NODE_UNITS >= keep + want + 2 * NODE_UNITS;
+}
+
 int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr)
 {
     uint64_t region = 0, reserve = from_reserve ? s->reserve / 2 : s->reserve;
+    bool scraps = false;
     uint32_t at = 0, got = 0;
     int64_t rc = 0;
 
@@ -241,7 +311,7 @@ int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_res
         goto out;
     }
     while (rc == 0) {
-        if (s->free_units >= want + reserve) {
+        if (s->free_units >= want + reserve && may_break(s, want, from_reserve)) {
             if (find_full(s, (uint32_t)want, &region, &at))
                 got = (uint32_t)want;
             if (got || s->regions >= s->regions_max)
@@ -252,8 +322,10 @@ int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_res
     if (rc < 0 && s->free_units < want + reserve)
         goto out;
     /* Fragmented, and no more room to grow: what there is. */
+    scraps = !may_break(s, want, from_reserve);
     if (!got) {
-        got = find_longest(s, (uint32_t)want, &region, &at);
+        got = scraps ? find_scraps(s, (uint32_t)want, (uint32_t)step, &region, &at)
+                     : find_longest(s, (uint32_t)want, &region, &at);
         got -= got % (uint32_t)step;
     }
     rc = got ? (int64_t)got : -ENOSPC;
@@ -280,11 +352,15 @@ static struct region *region_of(struct space *s, uint64_t addr, uint64_t units)
 static void make_free(struct space *s, uint64_t addr, uint64_t units)
 {
     struct region *r = region_of(s, addr, units);
+    uint32_t made;
 
     bits_set(r->busy, (uint32_t)(addr % REGION_UNITS), (uint32_t)units, false);
     r->free += (uint32_t)units;
     r->run_hint = REGION_UNITS;
     s->free_units += units;
+    made = count_whole(r, (uint32_t)(addr % REGION_UNITS), (uint32_t)units);
+    r->whole += made;
+    s->whole += made;
 }
 
 void space_cancel(struct space *s, uint64_t addr, uint64_t units)
@@ -314,17 +390,16 @@ int space_commit(struct space *s, uint64_t addr, uint64_t units)
         rc = -EUCLEAN;
     } else if (bits_all(r->busy, at, n, true) && s->inflight >= units) {
         bits_set(r->busy, at, n, false);
+        bits_set(r->used, at, n, true);
         s->inflight -= units;
     } else if (bits_all(r->busy, at, n, false)) {
-        r->free -= n;
-        s->free_units -= units;
+        take(s, r, at, n, r->used);
     } else {
         rc = -EUCLEAN;
     }
     if (rc == 0) {
-        bits_set(r->used, at, n, true);
         s->used += units;
-        r->dirty = true;
+        set_dirty(s, r, true);
     }
     pthread_mutex_unlock(&s->mutex);
     return rc;
@@ -357,7 +432,7 @@ int space_release(struct space *s, uint64_t addr, uint64_t units)
         bits_set(r->used, at, n, false);
         bits_set(r->busy, at, n, true);
         s->used -= units;
-        r->dirty = true;
+        set_dirty(s, r, true);
         run_push(&s->released, addr, units);
     }
     pthread_mutex_unlock(&s->mutex);
@@ -367,17 +442,16 @@ int space_release(struct space *s, uint64_t addr, uint64_t units)
 static bool take_node(struct space *s, uint64_t k, uint64_t *ret_addr)
 {
     struct region *r = &s->region[k];
-    uint32_t at;
+    uint32_t word = 0, at;
 
-    if (r->free < NODE_UNITS || r->run_hint < NODE_UNITS)
+    if (!r->whole)
         return false;
-    if (find_run(r, 0, NODE_UNITS, &at) < NODE_UNITS) {
-        r->run_hint = NODE_UNITS - 1;
-        return false;
-    }
+    while (!whole_groups(r, word))
+        word++;
+    at = word * 64 + (uint32_t)__builtin_ctzll(whole_groups(r, word));
     take(s, r, at, NODE_UNITS, r->used);
     s->used += NODE_UNITS;
-    r->dirty = true;
+    set_dirty(s, r, true);
     s->node_cursor = k;
     *ret_addr = k * REGION_UNITS + at;
     return true;
@@ -409,14 +483,15 @@ out:
 
 bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes)
 {
-    uint64_t need = units + dirty_nodes * NODE_UNITS + s->reserve;
+    uint64_t nodes = dirty_nodes * NODE_UNITS + s->reserve, need = units + nodes;
     bool ok;
 
+    nodes += MIN(units, 8 * NODE_UNITS); /* more is for data */
     pthread_mutex_lock(&s->mutex);
     ok = s->used + s->inflight + need <= s->limit;
-    while (ok && s->free_units < need && s->regions < s->regions_max)
+    while (ok && (s->free_units < need || s->whole * NODE_UNITS < nodes) && s->regions < s->regions_max)
         ok = grow(s) == 0;
-    ok = ok && s->free_units >= need;
+    ok = ok && s->free_units >= need && s->whole * NODE_UNITS >= nodes;
     pthread_mutex_unlock(&s->mutex);
     return ok;
 }
@@ -426,9 +501,19 @@ bool space_has_pending(struct space *s)
     bool any;
 
     pthread_mutex_lock(&s->mutex);
-    any = s->released.n > 0;
+    any = s->released.n > 0 || s->frozen.n > 0;
     pthread_mutex_unlock(&s->mutex);
     return any;
+}
+
+uint64_t space_dirty_regions(struct space *s)
+{
+    uint64_t n;
+
+    pthread_mutex_lock(&s->mutex);
+    n = s->dirty;
+    pthread_mutex_unlock(&s->mutex);
+    return n;
 }
 
 bool space_is_used(struct volume *v, uint64_t unit)
@@ -495,7 +580,7 @@ void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_U
 
         memcpy(bitmap + i * 8, &word, 8);
     }
-    s->region[region].dirty = false;
+    set_dirty(s, &s->region[region], false);
     pthread_mutex_unlock(&s->mutex);
 }
 

@@ -39,9 +39,12 @@ int space_release(struct space *s, uint64_t addr, uint64_t units);
 /* Checkpoint only, from the reserve too: units for a node, used at once; from regions that are dirty already if possible. */
 int space_alloc_node(struct space *s, uint64_t *ret_addr);
 
-/* Is there room for an operation that adds `units`, with dirty_nodes still to be placed, besides the reserve? */
+/* Is there room for an operation that adds `units`, with dirty_nodes still to be placed, besides the reserve? Nodes need whole
+ * groups (space.c). */
 bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
-/* Would a checkpoint make units free? */
+/* Regions whose bitmap the next checkpoint writes. */
+uint64_t space_dirty_regions(struct space *s);
+/* Would a checkpoint, or the end of the one under way, make units free? */
 bool space_has_pending(struct space *s);
 bool space_is_used(struct volume *v, uint64_t unit);
 uint64_t space_used(struct space *s);

@@ -6,6 +6,7 @@
  *   state lock (v->state)      the tree and everything marked [state]: shared to read, exclusive to change
  *   v->space.mutex             the bitmaps [space]
  *   v->log.mutex               sequences and flushes [log]
+ *   v->sync_mutex              one sync of `data` at a time; below it only the log's mutex
  * Checkpoints are serialised by v->checkpoint_mutex, taken before the state lock.
  * Ciphering and I/O of data happen without the state lock; log records are sealed and written after it is dropped.
  *
@@ -51,9 +52,11 @@ struct volume {
     struct log *log;
     pthread_rwlock_t stripes[INODE_STRIPES];
     pthread_mutex_t checkpoint_mutex;
+    pthread_mutex_t sync_mutex;
 
     _Atomic bool failed;
     bool read_only;
+    bool space_lost; /* the bitmaps could not be read: read-only, and recovery changes none */
 
     pthread_t thread;          /* background: checkpoints and the 5 s flush */
     bool thread_running;
@@ -64,6 +67,12 @@ struct volume {
 
 /* Puts the volume into its error state and reports it once. Returns -EIO. */
 int volume_fail(struct volume *v, const char *what, int err);
+/*
+ * Syncs `data`; a failure fails the volume before any other sync can begin. The kernel tells a failed writeback to one
+ * fdatasync of a descriptor only: a checkpoint and an fsync that synced side by side could lose the error to each other,
+ * and the one that got 0 would go on to a superblock. 0 or -EIO.
+ */
+int volume_sync_data(struct volume *v);
 /* One line to on_damage. */
 void volume_damage(struct volume *v, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 

@@ -126,6 +126,11 @@ static int fd_grow(struct store *s, uint64_t size)
     return rc;
 }
 
+static void fd_drop(struct store *s, uint64_t off, uint64_t len)
+{
+    (void)posix_fadvise(fd_of(s), (off_t)off, (off_t)len, POSIX_FADV_DONTNEED);
+}
+
 static void fd_close(struct store *s)
 {
     close_quiet(fd_of(s));
@@ -140,6 +145,7 @@ static const struct store_ops fd_ops = {
     .punch = fd_punch,
     .grow = fd_grow,
     .size = fd_size,
+    .drop = fd_drop,
     .close = fd_close,
 };
 

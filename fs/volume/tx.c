@@ -15,7 +15,8 @@
 /* [state exclusive] */
 static bool has_room(struct volume *v)
 {
-    return log_has_room(v->log) && tree_dirty_nodes(v->tree) < v->dirty_max;
+    /* A region whose bitmap changed is a node to write, too. */
+    return tree_dirty_nodes(v->tree) + space_dirty_regions(v->space) < v->dirty_max && log_has_room(v->log);
 }
 
 /* Units that one metadata operation may add: a few split nodes. */
@@ -219,9 +220,9 @@ static int apply_change(struct volume *v, enum change_op op, const struct tree_k
             v->inodes--;
         return rc;
     case CHANGE_ALLOC:
-        return space_commit(v->space, key->a, key->b);
+        return v->space_lost ? 0 : space_commit(v->space, key->a, key->b);
     case CHANGE_FREE:
-        return space_release(v->space, key->a, key->b);
+        return v->space_lost ? 0 : space_release(v->space, key->a, key->b);
     }
     return -EUCLEAN;
 }
@@ -275,7 +276,10 @@ int tx_replay(struct volume *v, const uint8_t *body, size_t len)
         if (c->op < CHANGE_PUT || c->op > CHANGE_FREE)
             return -EUCLEAN;
         rc = apply_change(v, c->op, &key, (const uint8_t *)(c + 1), n);
-        if (rc < 0)
+        /* What is on a damaged node cannot be read with or without this change; the rest can. */
+        if (rc == -EIO)
+            v->read_only = true;
+        else if (rc < 0)
             return rc == -ENOENT ? -EUCLEAN : rc;
         body += sizeof(*c) + n;
         len -= sizeof(*c) + n;

@@ -66,7 +66,8 @@ int tx_commit(struct tx *tx);
 /* Drops all changes, unlocks, returns rc. */
 int tx_abort(struct tx *tx, int rc);
 
-/* Applies the body of a CHANGES record during recovery [state exclusive]. -EUCLEAN when it is not well formed, -EIO. */
+/* Applies the body of a CHANGES record during recovery [state exclusive]. -EUCLEAN when it is not well formed. A change on a
+ * node that cannot be read is left out and makes the volume read-only. */
 int tx_replay(struct volume *v, const uint8_t *body, size_t len);
 
 #endif

@@ -47,6 +47,18 @@ int volume_fail(struct volume *v, const char *what, int err)
     return -EIO;
 }
 
+int volume_sync_data(struct volume *v)
+{
+    int rc;
+
+    pthread_mutex_lock(&v->sync_mutex);
+    rc = v->failed ? -EIO : v->data->ops->sync(v->data);
+    if (rc < 0)
+        rc = volume_fail(v, "flushing data", rc);
+    pthread_mutex_unlock(&v->sync_mutex);
+    return rc;
+}
+
 void volume_trim(struct volume *v)
 {
     if (!tree_wants_trim(v->tree))
@@ -81,6 +93,7 @@ static struct volume *volume_new(struct store *data, struct store *log, const st
 {
     struct volume *v = xcalloc(1, sizeof(*v));
     pthread_rwlockattr_t fair;
+    pthread_condattr_t steady;
 
     v->data = data;
     v->logstore = log;
@@ -94,8 +107,13 @@ static struct volume *volume_new(struct store *data, struct store *log, const st
     for (unsigned i = 0; i < INODE_STRIPES; i++)
         pthread_rwlock_init(&v->stripes[i], NULL);
     pthread_mutex_init(&v->checkpoint_mutex, NULL);
+    pthread_mutex_init(&v->sync_mutex, NULL);
     pthread_mutex_init(&v->thread_mutex, NULL);
-    pthread_cond_init(&v->thread_cond, NULL);
+    /* The 5 s of durability must not wait for a clock that was set back. */
+    pthread_condattr_init(&steady);
+    pthread_condattr_setclock(&steady, CLOCK_MONOTONIC);
+    pthread_cond_init(&v->thread_cond, &steady);
+    pthread_condattr_destroy(&steady);
     v->refs = refs_new();
     return v;
 }
@@ -111,6 +129,7 @@ static void volume_free(struct volume *v)
     for (unsigned i = 0; i < INODE_STRIPES; i++)
         pthread_rwlock_destroy(&v->stripes[i]);
     pthread_mutex_destroy(&v->checkpoint_mutex);
+    pthread_mutex_destroy(&v->sync_mutex);
     pthread_mutex_destroy(&v->thread_mutex);
     pthread_cond_destroy(&v->thread_cond);
     free(v);
@@ -249,7 +268,7 @@ static int load_space(struct volume *v)
         if (rc < 0) {
             volume_damage(v, "data: the free space of region %llu cannot be read: the volume is read-only",
                           (unsigned long long)k);
-            v->read_only = true;
+            v->read_only = v->space_lost = true;
             return 0;
         }
         space_load_region(v->space, k, bitmap);
@@ -338,7 +357,7 @@ static bool background_wait(struct volume *v, bool *ret_now)
     if (!v->thread_stop && !v->thread_kick) {
         struct timespec until;
 
-        clock_gettime(CLOCK_REALTIME, &until);
+        clock_gettime(CLOCK_MONOTONIC, &until);
         until.tv_sec += FLUSH_SECONDS;
         while (!v->thread_stop && !v->thread_kick) {
             if (pthread_cond_timedwait(&v->thread_cond, &v->thread_mutex, &until) == ETIMEDOUT)

@@ -30,6 +30,9 @@ struct store_ops {
     int (*grow)(struct store *s, uint64_t size);
     /* The file's size in bytes, or -errno. */
     int64_t (*size)(struct store *s);
+    /* Makes the next read of the range come from the disk where nothing newer waits to be written: after a failed sync the
+     * page cache may hold what the disk never will (posix_fadvise(2)). A hint; NULL: nothing to do. */
+    void (*drop)(struct store *s, uint64_t off, uint64_t len);
     /* Frees s; a store of a descriptor closes it. */
     void (*close)(struct store *s);
 };

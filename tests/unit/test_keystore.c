@@ -1555,8 +1555,8 @@ static void test_volume_limit(void **state)
 
 static void test_file_limit(void **state)
 {
-    const unsigned record = 8 + 288 + 32 * 515, n = (KEYSTORE_FILE_MAX - 8192) / record;
-    struct keystore *k = filled(n, 32);
+    const unsigned record = 8 + 288 + 8 * 515, n = (KEYSTORE_FILE_MAX - 4096 - 128) / record;
+    struct keystore *k = filled(n, 8);
     char name[16];
     struct stat st;
     int rc = 0;

@@ -1,0 +1,209 @@
+/*
+ * loop.c - reads requests from the device and hands them to libfuse.
+ *
+ * A fixed number of threads, one of which leads: it reads, spinning for SPIN_NS after a request before it sleeps, since
+ * falling asleep and being woken costs more than most requests (DESIGN section 5). What can be served at once it serves
+ * itself; before anything that may wait it hands the lead to the next thread, which sleeps on `lead` until then.
+ *
+ * Invariants:
+ *  1. A request's bytes stay in its thread's `in` until it is answered; the answer is made in `out`.
+ *  2. What libfuse 3.14 does not know is translated before it sees the request: TMPFILE is a CREATE with a flag.
+ */
+#include "mount.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#define THREADS     8
+#define IN_BYTES    (MOUNT_IO_MAX + 65536)
+#define SPIN_NS     40000
+#define INIT_WAIT_S 10
+
+/* The kernel's protocol (linux/fuse.h), as far as it is looked at here. */
+struct in_header {
+    uint32_t len, opcode;
+    uint64_t unique, nodeid;
+    uint32_t uid, gid, pid;
+    uint16_t total_extlen, padding;
+};
+_Static_assert(sizeof(struct in_header) == 40, "fuse_in_header");
+
+struct in_write {
+    uint64_t fh, offset;
+    uint32_t size, write_flags;
+};
+
+#define OPCODE_WRITE   16
+#define OPCODE_CREATE  35
+#define OPCODE_TMPFILE 51
+#define WRITE_KILL     (1u << 2)
+
+static struct fuse_session *session;
+static void (*on_end)(void);
+static atomic_bool ended;
+static pthread_mutex_t lead_lock = PTHREAD_MUTEX_INITIALIZER;
+static _Thread_local struct loop_request request;
+
+struct loop_request *loop_request(void)
+{
+    return &request;
+}
+
+struct fuse_session *loop_session(void)
+{
+    char *argv[] = {"coffer-fs", NULL};
+    struct fuse_args args = FUSE_ARGS_INIT(1, argv);
+
+    if (!session) {
+        session = fuse_session_new(&args, &adapter_ops, sizeof(adapter_ops), NULL);
+        fuse_opt_free_args(&args);
+    }
+    return session;
+}
+
+static void translate(uint8_t *in, size_t n)
+{
+    struct in_header h;
+    struct in_write w;
+
+    memcpy(&h, in, sizeof(h));
+    request.opcode = h.opcode;
+    request.kill_suidgid = false;
+    request.tmpfile = false;
+    if (h.opcode == OPCODE_TMPFILE) {
+        request.tmpfile = true;
+        h.opcode = OPCODE_CREATE;
+        memcpy(in, &h, sizeof(h));
+    } else if (h.opcode == OPCODE_WRITE && n >= sizeof(h) + sizeof(w)) {
+        memcpy(&w, in + sizeof(h), sizeof(w));
+        request.kill_suidgid = w.write_flags & WRITE_KILL;
+    }
+}
+
+/* Reads one request. Its length; 0: there is none; -errno: the mount is gone. */
+static ssize_t read_one(uint8_t *in)
+{
+    ssize_t n = read(SERVER_FD_FUSE, in, IN_BYTES);
+
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR || errno == ENOENT ? 0 : -errno;
+    if ((size_t)n < sizeof(struct in_header))
+        return n == 0 ? -ENODEV : -EIO;
+    translate(in, (size_t)n);
+    return n;
+}
+
+static void process(uint8_t *in, size_t n)
+{
+    struct fuse_buf buf = {.mem = in, .size = n};
+
+    fuse_session_process_buf(session, &buf);
+}
+
+/* The leader's wait: spins for a while after a request, then sleeps. */
+static ssize_t next_request(uint8_t *in, bool spin)
+{
+    int64_t until = mono_ns() + (spin ? SPIN_NS : 0);
+    ssize_t n;
+
+    for (;;) {
+        struct pollfd p = {.fd = SERVER_FD_FUSE, .events = POLLIN};
+
+        n = atomic_load(&ended) ? -ENODEV : read_one(in);
+        if (n != 0)
+            return n;
+        if (mono_ns() >= until && poll(&p, 1, -1) < 0 && errno != EINTR)
+            return -errno;
+    }
+}
+
+/* Operations that neither write, sync nor read content; by_handle: decided when the handle was opened. */
+static bool quick(uint32_t opcode, bool *ret_by_handle)
+{
+    *ret_by_handle = opcode == 2 || opcode == 17 || opcode == 18 || opcode == 25 || opcode == 29 || opcode == 36 ||
+                     opcode == 42; /* FORGET, STATFS, RELEASE, FLUSH, RELEASEDIR, INTERRUPT, BATCH_FORGET */
+    return *ret_by_handle || opcode == 1 || opcode == 3 || opcode == 5 || opcode == 14 || opcode == 22 ||
+           opcode == 27; /* LOOKUP, GETATTR, READLINK, OPEN, GETXATTR, OPENDIR */
+}
+
+static bool served_by_leader(const uint8_t *in)
+{
+    struct in_header h;
+    bool by_handle;
+
+    memcpy(&h, in, sizeof(h));
+    return quick(request.opcode, &by_handle) && adapter_ready(h.opcode, h.nodeid, (pid_t)h.pid, by_handle);
+}
+
+static void *serve(void *arg)
+{
+    uint8_t *in = NULL;
+    ssize_t n = 0;
+
+    (void)arg;
+    request.out = NULL;
+    if (posix_memalign((void **)&in, 4096, IN_BYTES) || posix_memalign((void **)&request.out, 4096, MOUNT_IO_MAX))
+        abort();
+    while (n >= 0) {
+        bool lead = true;
+
+        pthread_mutex_lock(&lead_lock);
+        for (bool spin = false; lead; spin = true) {
+            n = next_request(in, spin);
+            lead = n > 0 && served_by_leader(in);
+            if (lead)
+                process(in, (size_t)n);
+        }
+        pthread_mutex_unlock(&lead_lock);
+        if (n > 0)
+            process(in, (size_t)n);
+        if (fuse_session_exited(session))
+            n = -ENODEV;
+    }
+    free(in);
+    free(request.out);
+    if (!atomic_exchange(&ended, true))
+        on_end();
+    return NULL;
+}
+
+/* The mount's first request is FUSE_INIT: answered before anything else is read. */
+static int serve_init(void)
+{
+    struct pollfd p = {.fd = SERVER_FD_FUSE, .events = POLLIN};
+    uint8_t *in = NULL;
+    ssize_t n;
+
+    if (posix_memalign((void **)&in, 4096, IN_BYTES))
+        abort();
+    n = poll(&p, 1, INIT_WAIT_S * 1000) == 1 ? read_one(in) : -ETIMEDOUT;
+    if (n > 0)
+        process(in, (size_t)n);
+    free(in);
+    return n > 0 ? 0 : n < 0 ? (int)n : -EAGAIN;
+}
+
+int loop_start(struct fuse_session *se, void (*end)(void))
+{
+    int rc;
+
+    on_end = end;
+    if (fuse_session_mount(se, "/dev/fd/7") != 0) /* takes the descriptor: nothing is mounted here */
+        return -EBADF;
+    fcntl(SERVER_FD_FUSE, F_SETFL, fcntl(SERVER_FD_FUSE, F_GETFL) | O_NONBLOCK);
+    rc = serve_init();
+    for (unsigned i = 0; i < THREADS && rc == 0; i++) {
+        pthread_t t;
+
+        rc = -pthread_create(&t, NULL, serve, NULL);
+        if (rc == 0)
+            pthread_detach(t);
+    }
+    return rc;
+}
+
+_Static_assert(SERVER_FD_FUSE == 7, "the path in loop_start");
