@@ -1,12 +1,12 @@
 /*
  * audit.c - see audit.h.
  *
- * 1. The file's end is kept here (size, seq, hash of the last line); a record is written there and flushed, and only then
- *    do they move on. A write that fails is cut off again; where that or the flush fails nobody knows what is on the disk,
- *    and nothing more is written.
- * 2. A torn tail is what follows the last newline, or a last line with NUL bytes (its newline reached the disk before the
- *    rest). It goes into `audit.torn-<seq>`, seq being that of the `recovered` record; only then is it cut off. A crash
- *    before that record leaves the file, by which the next audit_open knows to write it.
+ * 1. The file's end is kept here (size, seq, hash of the last line); a record is written there and flushed, and only
+ * then do they move on. A write that fails is cut off again; where that or the flush fails nobody knows what is on the
+ * disk, and nothing more is written.
+ * 2. A torn tail is what follows the last newline, or a last line with NUL bytes (its newline reached the disk before
+ * the rest). It goes into `audit.torn-<seq>`, seq being that of the `recovered` record; only then is it cut off. A
+ * crash before that record leaves the file, by which the next audit_open knows to write it.
  */
 #include "keystore/audit.h"
 
@@ -637,8 +637,8 @@ int audit_verify(int dirfd, char *why, size_t n)
     while ((rc = check_line(&c, why, n)) > 0)
         ;
     if (rc == 0 && c.len > c.pos)
-        snprintf(why, n, "%" PRIu64 " records, the last one's hash is %s; a torn line of %zu bytes follows", c.seq, c.prev,
-                 c.len - c.pos);
+        snprintf(why, n, "%" PRIu64 " records, the last one's hash is %s; a torn line of %zu bytes follows", c.seq,
+                 c.prev, c.len - c.pos);
     else if (rc == 0)
         snprintf(why, n, "%" PRIu64 " records, the last one's hash is %s", c.seq, c.prev);
     free(c.buf);

@@ -59,8 +59,8 @@ static int open_log(const struct cli *c)
 
 /* --- since when --- */
 
-/* "90s", "10m", "2h", "7d" ago, or the beginning of a UTC time as the log has it, from the day on. What no record's time
- * before it compares as less than goes into out. */
+/* "90s", "10m", "2h", "7d" ago, or the beginning of a UTC time as the log has it, from the day on. What no record's
+ * time before it compares as less than goes into out. */
 static int parse_since(const char *s, char *out, size_t size)
 {
     static const char form[] = "0000-00-00T00:00:00.000000000";
@@ -223,8 +223,8 @@ int cli_audit(struct cli *c)
     int rc;
 
     if (s && parse_since(s, since, sizeof(since)) < 0)
-        return cli_usage(c, "--since %.64s is neither a UTC time such as 2025-01-31T12:00 nor an age such as 90s, 2h or 7d",
-                         s);
+        return cli_usage(
+            c, "--since %.64s is neither a UTC time such as 2025-01-31T12:00 nor an age such as 90s, 2h or 7d", s);
     r.fd = open_log(c);
     if (r.fd < 0)
         return say_no_log(r.fd);

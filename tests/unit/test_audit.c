@@ -1,0 +1,252 @@
+/* test_audit.c - the chain verifies, what is changed shows, a torn tail is recovered, refusals are limited. */
+#include "fs/base/base.h"
+#include "keystore/audit.h"
+
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+static char dir_path[64];
+static int dir;
+static int64_t fake_now;
+
+static int64_t fake_mono(void)
+{
+    return fake_now;
+}
+
+static int setup(void **state)
+{
+    (void)state;
+    strcpy(dir_path, "/tmp/coffer-audit-XXXXXX");
+    if (!mkdtemp(dir_path))
+        return -1;
+    dir = open(dir_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return dir < 0 ? -1 : 0;
+}
+
+static int teardown(void **state)
+{
+    char *cmd = xasprintf("rm -r %s", dir_path);
+    int rc = system(cmd);
+
+    (void)state;
+    free(cmd);
+    close(dir);
+    return rc;
+}
+
+static char *read_log(size_t *n)
+{
+    char *buf;
+
+    assert_int_equal(file_read_all(dir, AUDIT_FILE, 1 << 20, &buf, n), 0);
+    return buf;
+}
+
+static void write_log(const char *buf, size_t n)
+{
+    assert_int_equal(file_replace(dir, AUDIT_FILE, buf, n, 0640), 0);
+}
+
+static void append_log(const char *buf, size_t n)
+{
+    int fd = openat(dir, AUDIT_FILE, O_WRONLY | O_APPEND | O_CLOEXEC);
+
+    assert_int_equal(write_full(fd, buf, n), 0);
+    close(fd);
+}
+
+static void write_some(int n)
+{
+    struct audit *a;
+
+    assert_int_equal(audit_open(dir, &a), 0);
+    for (int i = 0; i < n; i++)
+        assert_int_equal(audit_append(a, "release", "db", "", "text \"\\\n\x7f \xff \xc3\xa4"), 0);
+    audit_close(a);
+}
+
+static unsigned count(const char *s, const char *what)
+{
+    unsigned n = 0;
+
+    for (; (s = strstr(s, what)); s++)
+        n++;
+    return n;
+}
+
+static void test_chain(void **state)
+{
+    char why[256], big[4000];
+    struct audit_field bad[] = {{"seq", "x", 0}}, twice[] = {{"a", "x", 0}, {"a", NULL, 1}};
+    struct audit_field fields[AUDIT_FIELDS_MAX];
+    char keys[AUDIT_FIELDS_MAX][2] = {{0}};
+    struct audit *a;
+    struct stat st;
+
+    (void)state;
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), -ENOENT);
+    write_some(3);
+    write_some(2);
+    assert_int_equal(audit_open(dir, &a), 0);
+    assert_int_equal(audit_write(a, "x", bad, 1), -EINVAL);
+    assert_int_equal(audit_write(a, "x", twice, 2), -EINVAL);
+    memset(big, 1, sizeof(big));
+    big[sizeof(big) - 1] = 0;
+    for (int i = 0; i < AUDIT_FIELDS_MAX; i++) {
+        keys[i][0] = (char)('a' + i);
+        fields[i] = (struct audit_field){keys[i], big, 0};
+    }
+    assert_int_equal(audit_write(a, "big", fields, AUDIT_FIELDS_MAX), 0);
+    audit_close(a);
+    write_some(1);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
+    assert_int_equal(strncmp(why, "7 records", 9), 0);
+    assert_null(strstr(why, "torn"));
+    assert_int_equal(fstatat(dir, AUDIT_FILE, &st, 0), 0);
+    assert_int_equal(st.st_mode & 07777, 0640);
+    assert_int_equal(fstatat(dir, AUDIT_RESERVE_FILE, &st, 0), 0);
+    assert_true(st.st_size == AUDIT_RESERVE_BYTES);
+}
+
+static void test_changed(void **state)
+{
+    char why[256], *log, *second, *third;
+    size_t n;
+
+    (void)state;
+    write_some(4);
+    log = read_log(&n);
+    second = strchr(log, '\n') + 1;
+    third = strchr(second, '\n') + 1;
+    /* edited */
+    *(strstr(second, "\"db\"") + 1) = 'x';
+    write_log(log, n);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), -EBADMSG);
+    assert_int_equal(strncmp(why, "line 3 ", 7), 0);
+    *(strstr(second, "\"xb\"") + 1) = 'd';
+    /* another form of the same */
+    *strstr(second, "\"seq\":2") = ' ';
+    write_log(log, n);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), -EBADMSG);
+    assert_int_equal(strncmp(why, "line 2 ", 7), 0);
+    *(strstr(second, " seq\":2")) = '"';
+    write_log(log, n);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
+    /* the first line is taken out */
+    write_log(second, n - (size_t)(second - log));
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), -EBADMSG);
+    assert_int_equal(strncmp(why, "line 1 ", 7), 0);
+    /* the second line is taken out */
+    memmove(second, third, n - (size_t)(third - log));
+    write_log(log, n - (size_t)(third - second));
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), -EBADMSG);
+    assert_int_equal(strncmp(why, "line 2 ", 7), 0);
+    free(log);
+}
+
+/* Opens the log with that at its end. */
+static void tear(const char *tail, size_t n, const char *file, unsigned recovered)
+{
+    char why[256], *log, *kept;
+    size_t len;
+
+    append_log(tail, n);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
+    assert_non_null(strstr(why, "torn"));
+    write_some(1);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
+    assert_null(strstr(why, "torn"));
+    log = read_log(&len);
+    assert_int_equal(count(log, "\"event\":\"recovered\""), recovered);
+    free(log);
+    assert_int_equal(file_read_all(dir, file, 1 << 20, &kept, &len), 0);
+    assert_int_equal(len, n);
+    assert_memory_equal(kept, tail, n);
+    free(kept);
+}
+
+static void test_torn(void **state)
+{
+    char *log;
+    size_t n;
+    int fd;
+
+    (void)state;
+    write_some(2);
+    tear("{\"event\":\"rel", 13, "audit.torn-3", 1);
+    tear("\0\0\0\0tail\"}\n", 11, "audit.torn-5", 2);
+    tear("\0\0", 2, "audit.torn-7", 3);
+    /* cut off, but the crash came before the record */
+    fd = openat(dir, "audit.torn-9", O_WRONLY | O_CREAT | O_CLOEXEC, 0640);
+    close(fd);
+    write_some(1);
+    log = read_log(&n);
+    assert_int_equal(count(log, "\"event\":\"recovered\""), 4);
+    free(log);
+}
+
+static void test_torn_alone(void **state)
+{
+    struct audit *a;
+
+    (void)state;
+    write_some(0);
+    tear("{\"ev", 4, "audit.torn-1", 1);
+    append_log("no record\n", 10);
+    assert_int_equal(audit_open(dir, &a), -EBADMSG);
+}
+
+static void test_limit(void **state)
+{
+    struct audit_field f[] = {{"text", "no", 0}};
+    char why[256], *log;
+    struct audit *a;
+    size_t n;
+
+    (void)state;
+    fake_now = 1;
+    assert_int_equal(audit_open(dir, &a), 0);
+    audit_set_clock(a, fake_mono);
+    for (int i = 0; i < AUDIT_LIMIT_LINES + 7; i++)
+        assert_int_equal(audit_write_limited(a, "refuse", "db/1", f, 1), 0);
+    assert_int_equal(audit_write_limited(a, "refuse", "db/2", f, 1), 0);
+    fake_now += AUDIT_LIMIT_NS - 1;
+    assert_int_equal(audit_append(a, "x", "", "", ""), 0);
+    log = read_log(&n);
+    assert_int_equal(count(log, "\"event\":\"refuse\""), AUDIT_LIMIT_LINES + 1);
+    assert_int_equal(count(log, "suppressed"), 0);
+    free(log);
+    fake_now++;
+    assert_int_equal(audit_append(a, "x", "", "", ""), 0);
+    log = read_log(&n);
+    assert_int_equal(count(log, "\"count\":7,\"event\":\"suppressed\",\"key\":\"db/1\",\"of\":\"refuse\""), 1);
+    free(log);
+    for (int i = 0; i < AUDIT_LIMIT_LINES + 2; i++)
+        assert_int_equal(audit_write_limited(a, "refuse", "db/1", f, 1), 0);
+    audit_close(a);
+    log = read_log(&n);
+    assert_int_equal(count(log, "\"count\":2,\"event\":\"suppressed\""), 1);
+    free(log);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_chain, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_changed, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_torn, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_torn_alone, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_limit, setup, teardown),
+    };
+
+    return cmocka_run_group_tests_name("audit", tests, NULL, NULL);
+}
