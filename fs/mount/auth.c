@@ -17,14 +17,14 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-#define EPOCH_SHIFT   48
 #define GRANT_BUCKETS 256u
 #define CACHE_SETS    256u
 #define CACHE_WAYS    4
 
 struct grant {
     struct grant *next;
-    uint64_t fh;
+    uint64_t fh;    /* the agent's number of the grant: random, so that those of different agents differ */
+    uint64_t epoch; /* of the agent's channel */
     uint64_t refs;
     bool ended;
 };
@@ -47,7 +47,7 @@ static uint64_t epoch_now;
 
 static struct grant **grant_bucket(uint64_t fh)
 {
-    return &grants[(fh ^ fh >> EPOCH_SHIFT) % GRANT_BUCKETS];
+    return &grants[fh % GRANT_BUCKETS];
 }
 
 static struct grant *grant_find(uint64_t fh)
@@ -91,27 +91,22 @@ static void cache_purge(const struct grant *g)
     }
 }
 
-static uint64_t grant_fh(uint64_t epoch, uint64_t number)
-{
-    return epoch << EPOCH_SHIFT | number;
-}
-
 /* --- references --- */
 
 struct grant *auth_grant_ref(uint64_t epoch, uint64_t number)
 {
-    uint64_t fh = grant_fh(epoch, number);
     struct grant *g;
 
-    if (number == 0 || number >> EPOCH_SHIFT)
+    if (number == 0 || number == UINT64_MAX) /* the adapter's placeholder */
         return NULL;
     pthread_mutex_lock(&auth_lock);
-    g = grant_find(fh);
+    g = grant_find(number);
     if (!g) {
         g = xcalloc(1, sizeof(*g));
-        g->fh = fh;
-        g->next = *grant_bucket(fh);
-        *grant_bucket(fh) = g;
+        g->fh = number;
+        g->epoch = epoch;
+        g->next = *grant_bucket(number);
+        *grant_bucket(number) = g;
     }
     g->refs++;
     pthread_mutex_unlock(&auth_lock);
@@ -180,7 +175,7 @@ void auth_remember(pid_t tid, const struct auth *a, int pidfd_take)
 
     pthread_mutex_lock(&auth_lock);
     if (tid <= 0 || a->kind != AGENT_ALLOW || !a->grant || a->grant->ended ||
-        a->grant->fh >> EPOCH_SHIFT != epoch_now) {
+        a->grant->epoch != epoch_now) {
         close_quiet(pidfd_take);
         goto out;
     }
@@ -241,8 +236,8 @@ void auth_end_grant(uint64_t epoch, uint64_t number)
     struct grant *g;
 
     pthread_mutex_lock(&auth_lock);
-    g = grant_find(grant_fh(epoch, number));
-    if (g) {
+    g = grant_find(number);
+    if (g && g->epoch == epoch) {
         g->ended = true;
         cache_purge(g);
     }

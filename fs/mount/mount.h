@@ -38,7 +38,7 @@ extern struct mount_config mount_config;
 
 /*
  * A grant as long as something refers to it: a remembered verdict, a request at work, a handle. Its handle number (fh)
- * joins the number of the agent's channel and the agent's number of the grant, so that a new agent's grants are others.
+ * is the agent's number of the grant, which is random: a new agent's grants are others.
  */
 struct grant;
 

@@ -543,12 +543,16 @@ static void test_synced_then_damaged(void **state)
     uint64_t ino;
 
     assert_int_equal(make(f, "file", buf, sizeof(buf), &ino), 0);
-    for (unsigned k = 1; k < 40; k++) {
+    for (unsigned k = 1; k < 80; k++) {
         struct image *live[2] = {f->image[0], f->image[1]};
         struct volume *v = f->v;
         uint8_t byte, first = 0;
         ssize_t n;
 
+        /* Single blocks, so that the record of the large write over them is long: it may reach far into what the log
+         * keeps free. */
+        for (unsigned b = 0; b < 80 + k; b++)
+            assert_int_equal(vol_write(v, ino, b * 3 % 256 * 4096, buf, 4096), 4096);
         f->hook = note_data_write;
         memset(buf, (int)k, sizeof(buf));
         assert_int_equal(vol_write(v, ino, 0, buf, sizeof(buf)), sizeof(buf));
