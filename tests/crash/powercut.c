@@ -9,7 +9,10 @@
  * checkpoint covered (after the death of the process alone: the last acknowledged), not after the one under way
  *   3. nameless inodes are gone, and the check, which reads all content, finds nothing
  *   4. the volume works on: changes, close, open, check
- * A fault round lets a write, sync or grow fail instead, and looks that nothing is acknowledged that is not so.
+ *   5. cut again at every write of that recovery, it comes to the same tree
+ * In every fourth round `data` is so full that it grows under the workload. A fault round lets a write, sync or grow fail
+ * instead, and looks that nothing is acknowledged that is not so, also when the volume is opened again while the page
+ * cache still shows what a failed flush did not write.
  *
  *     powercut [--seed N] [--ops N] [--states N] [--seconds N] [--mode cut|fault|both] [--cut N]
  *
@@ -31,7 +34,7 @@ static bool arg_cuts = true, arg_faults = true;
 static struct key *volume_key;
 static const uint8_t volume_id[VOLUME_ID_BYTES] = "powercut-volume";
 static char repro[700] = "setup"; /* what is under way: for signals and failures */
-static uint64_t states, skipped, distinct, failures, opens;
+static uint64_t states, skipped, distinct, failures, opens, recoveries, recovery_cuts, grown;
 
 /* --- reporting --- */
 
@@ -128,6 +131,8 @@ struct round {
     struct mark *mark; /* mark[0]: before the first operation */
     size_t marks, marks_cap;
     uint32_t block;
+    uint64_t root;   /* the directory that the model stands for */
+    uint64_t beside; /* inodes beside it */
 };
 
 static struct volume_options round_options(char *damage)
@@ -160,9 +165,40 @@ static void round_mark(struct round *r, size_t start, bool synced, const char *t
     r->w.middle = (struct middle){.kind = MIDDLE_NONE}; /* the mark's now */
 }
 
-/* Makes the fresh volume and opens it. */
-static bool round_begin(struct round *r, uint64_t seed)
+/* Fills the first region but for a MiB or two with a file beside a directory for the workload, which becomes `root`. */
+static int round_fill(struct round *r, struct vattr *ret_root)
 {
+    struct volume *v = NULL;
+    struct volume_stat st;
+    uint8_t *buf = xcalloc(1, 1 << 20);
+    struct vattr a;
+    int rc = open_images(r->base, NULL, NULL, NULL, &v);
+
+    if (rc == 0)
+        rc = vol_mknod(v, VOLUME_ROOT_INO, "w", S_IFDIR | 0755, 0, 0, 0, ret_root);
+    if (rc == 0)
+        rc = vol_mknod(v, VOLUME_ROOT_INO, "filler", S_IFREG | 0600, 0, 0, 0, &a);
+    for (uint64_t off = 0; rc == 0; off += 1 << 20) {
+        /* The reserve is kept in the first region: beyond that it grows. */
+        volume_stat(v, &st);
+        if (st.used + (9ull << 20) > REGION_BYTES)
+            break;
+        rc = vol_write(v, a.ino, off, buf, 1 << 20) == 1 << 20 ? 0 : -ENOSPC;
+    }
+    if (rc == 0)
+        rc = volume_close(v);
+    else if (v)
+        volume_abandon(v);
+    if (rc == 0 && r->base[0]->size != REGION_BYTES)
+        rc = -EFBIG;
+    free(buf);
+    return rc;
+}
+
+/* Makes the fresh volume and opens it. full: `data` must grow soon. */
+static bool round_begin(struct round *r, uint64_t seed, bool full)
+{
+    struct vattr root = {.ino = VOLUME_ROOT_INO, .mode = S_IFDIR | 0755};
     static const uint32_t blocks[] = {4096, 4096, 8192, 16384};
     struct volume_params p = {.size_limit = SIZE_LIMIT, .log_segment = 256 << 10, .root_mode = 0755};
     struct store *data, *log;
@@ -182,6 +218,10 @@ static bool round_begin(struct round *r, uint64_t seed)
     rc = volume_format(data, log, volume_key, &p);
     data->ops->close(data);
     log->ops->close(log);
+    if (rc == 0 && full)
+        rc = round_fill(r, &root);
+    r->root = root.ino;
+    r->beside = full ? 2 : 0;
     for (int s = 0; s < 2; s++)
         r->live[s] = image_new(r->base[s]);
     if (rc == 0)
@@ -190,7 +230,7 @@ static bool round_begin(struct round *r, uint64_t seed)
         failed("a fresh volume does not open: %s", strerror(-rc));
         return false;
     }
-    r->model = model_new(VOLUME_ROOT_INO, S_IFDIR | 0755, 0, 0);
+    r->model = model_new(root.ino, root.mode, 0, 0);
     world_init(&r->w, v, r->model, seed);
     r->w.middles = true;
     r->w.block = r->block;
@@ -198,6 +238,8 @@ static bool round_begin(struct round *r, uint64_t seed)
     r->w.max_pages = 200 + rng_below(&r->w.rng, 400);
     r->w.max_file = 300 << 10;
     r->w.max_inodes = 40 + rng_below(&r->w.rng, 60);
+    if (full)
+        r->w.max_pages += 1500;
     world_adopt(&r->w, r->model->root);
     round_mark(r, 0, true, "start");
     return true;
@@ -303,7 +345,7 @@ static void explain(struct round *r, struct snap *have, size_t from, size_t to, 
 }
 
 /* Nothing nameless is left: the number of inodes is that of the distinct ones in the walk. */
-static bool inodes_match(struct volume *v, const struct snap *s)
+static bool inodes_match(struct volume *v, const struct snap *s, uint64_t beside)
 {
     struct volume_stat st;
     struct set seen = {0};
@@ -311,7 +353,7 @@ static bool inodes_match(struct volume *v, const struct snap *s)
 
     for (size_t k = 0; k < s->n; k++)
         set_add(&seen, s->e[k].ino);
-    n = seen.n;
+    n = seen.n + beside;
     free(seen.slot);
     volume_stat(v, &st);
     if (st.inodes == n)
@@ -320,10 +362,11 @@ static bool inodes_match(struct volume *v, const struct snap *s)
     return false;
 }
 
-static bool check_clean(struct volume *v, const char *when)
+/* content: that of all files, too. */
+static bool check_clean(struct volume *v, bool content, const char *when)
 {
     unsigned lines = 0;
-    int rc = volume_check(v, true, on_finding, &lines);
+    int rc = volume_check(v, content, on_finding, &lines);
 
     if (rc == 0 && lines == 0)
         return true;
@@ -332,7 +375,7 @@ static bool check_clean(struct volume *v, const char *when)
 }
 
 /* A few changes, close or death, open: all is there and clean. Takes v. */
-static void works_on(struct image *const image[2], struct volume *v, struct rng *rng, uint32_t block)
+static void works_on(struct round *r, struct image *const image[2], struct volume *v, struct rng *rng)
 {
     struct vattr root, a;
     struct model *m;
@@ -342,13 +385,13 @@ static void works_on(struct image *const image[2], struct volume *v, struct rng 
     int rc = 0;
 
     (void)a;
-    if (vol_getattr(v, VOLUME_ROOT_INO, &root) < 0) {
+    if (vol_getattr(v, r->root, &root) < 0) {
         failed("getattr of the root");
         volume_abandon(v);
         return;
     }
     /* A directory of its own, so that a model of it starts empty. */
-    rc = vol_mknod(v, VOLUME_ROOT_INO, "after-the-cut", S_IFDIR | 0700, 0, 0, 0, &a);
+    rc = vol_mknod(v, r->root, "after-the-cut", S_IFDIR | 0700, 0, 0, 0, &a);
     if (rc < 0) {
         failed("mkdir after recovery: %s", strerror(-rc));
         volume_abandon(v);
@@ -356,7 +399,7 @@ static void works_on(struct image *const image[2], struct volume *v, struct rng 
     }
     m = model_new(a.ino, a.mode, a.uid, a.gid);
     world_init(&w, v, m, rng_u64(rng));
-    w.block = block;
+    w.block = r->block;
     world_adopt(&w, m->root);
     for (int k = 0; k < 25 && !w.fail[0]; k++)
         world_step(&w, true);
@@ -371,11 +414,11 @@ static void works_on(struct image *const image[2], struct volume *v, struct rng 
     if (rc < 0 || damage[0]) {
         failed("close and open again after recovery: %s %s", strerror(-rc), damage);
     } else if (w.v) {
-        s = snap_volume(w.v, VOLUME_ROOT_INO);
+        s = snap_volume(w.v, r->root);
         if (s->err)
             failed("walk after working on: %s", s->why);
-        else if (world_compare(&w) && inodes_match(w.v, s))
-            check_clean(w.v, "after working on");
+        else if (world_compare(&w) && inodes_match(w.v, s, r->beside))
+            check_clean(w.v, !r->beside, "after working on");
         snap_free(s);
     }
     if (w.fail[0])
@@ -400,11 +443,72 @@ static bool is_in_history(struct round *r, struct volume *v, struct snap *s, siz
     return false;
 }
 
+static void images_free(struct image *const image[2])
+{
+    image_free(image[0]);
+    image_free(image[1]);
+}
+
+/*
+ * Cuts the recovery of a state, too: opens it once more, recorded, and then from what a cut at each event may leave. (What
+ * the first cut left is on the disk.) want: the listing that the first recovery showed.
+ */
+static void cut_recovery(struct round *r, struct image *const state[2], const struct snap *want, struct rng *rng)
+{
+    static const enum crash_mode modes[] = {CRASH_NONE, CRASH_ALL, CRASH_LAST_TORN, CRASH_TORN, CRASH_SUBSET};
+    struct recorder rec = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+    struct image *image[2] = {image_new(state[0]), image_new(state[1])};
+    struct crash c = {.rec = &rec, .rng = *rng};
+    struct volume *v = NULL;
+
+    recoveries++;
+    if (open_images(image, &rec, NULL, NULL, &v) < 0) {
+        failed("the same state does not open twice");
+        images_free(image);
+        return;
+    }
+    volume_abandon(v);
+    images_free(image);
+    for (int s = 0; s < 2; s++)
+        c.durable[s] = image_new(state[s]);
+    for (size_t cut = 0; cut <= rec.n && failures < 20; cut++) {
+        crash_advance(&c, cut);
+        for (unsigned k = 0; k < ARRAY_LEN(modes); k++) {
+            char damage[300] = "";
+            struct snap *s = NULL;
+
+            alarm(60);
+            if (crash_pending(&c, cut) == 0 && k)
+                break; /* all the same */
+            recovery_cuts++;
+            crash_build(&c, cut, modes[k], 0, image);
+            if (open_images(image, NULL, NULL, damage, &v) < 0) {
+                failed("recovery cut at its event %zu of %zu (mode %d): does not open: %s", cut, rec.n, (int)modes[k],
+                       damage);
+            } else {
+                s = snap_volume(v, r->root);
+                if (s->err || damage[0] || s->full != want->full)
+                    failed("recovery cut at its event %zu of %zu (mode %d): another tree: %s %s", cut, rec.n,
+                           (int)modes[k], s->why, damage);
+                else if (inodes_match(v, s, r->beside))
+                    check_clean(v, !r->beside, "after a cut recovery");
+                volume_abandon(v);
+                snap_free(s);
+            }
+            images_free(image);
+        }
+    }
+    images_free(c.durable);
+    recorder_reset(&rec);
+    free(rec.ev);
+}
+
 /* Opens one state and checks all of it. from, to: operations that the tree may show. */
 static void check_state(struct round *r, struct image *const image[2], size_t from, size_t to, struct rng *rng)
 {
     bool loose = r->w.faults;
     uint64_t before = failures;
+    struct image *again[2] = {NULL, NULL};
     struct volume *v = NULL;
     struct snap *s = NULL;
     char damage[300] = "";
@@ -412,12 +516,19 @@ static void check_state(struct round *r, struct image *const image[2], size_t fr
 
     alarm(60);
     states++;
+    if (rng_chance(rng, 30)) {
+        again[0] = image_new(image[0]->parent);
+        again[1] = image_new(image[1]->parent);
+        image_add(again[0], image[0]);
+        image_add(again[1], image[1]);
+    }
     rc = open_images(image, NULL, NULL, damage, &v);
     if (rc < 0) {
         failed("does not open: %s, damage: %s", strerror(-rc), damage);
+        images_free(again);
         return;
     }
-    s = snap_volume(v, VOLUME_ROOT_INO);
+    s = snap_volume(v, r->root);
     if (s->err)
         failed("walk: %s", s->why);
     if (!s->err && !is_in_history(r, v, s, from, to)) {
@@ -426,10 +537,14 @@ static void check_state(struct round *r, struct image *const image[2], size_t fr
     }
     if (damage[0])
         failed("damage reported: %s", damage);
-    if (failures == before && inodes_match(v, s) && check_clean(v, "after recovery") && rng_chance(rng, 5))
-        works_on(image, v, rng, r->block);
+    if (failures == before && inodes_match(v, s, r->beside) && check_clean(v, !r->beside, "after recovery") &&
+        rng_chance(rng, 5))
+        works_on(r, image, v, rng);
     else
         volume_abandon(v);
+    if (again[0] && failures == before)
+        cut_recovery(r, again, s, rng);
+    images_free(again);
     snap_free(s);
 }
 
@@ -516,12 +631,80 @@ static void fault_refuses(struct round *r)
     rc = volume_checkpoint(r->w.v);
     if (rc == 0)
         failed("checkpoint succeeds after a failed write or flush");
-    rc = vol_setattr(r->w.v, VOLUME_ROOT_INO, VOL_SET_MODE, &in, &a);
+    rc = vol_setattr(r->w.v, r->root, VOL_SET_MODE, &in, &a);
     if (rc != -EIO && rc != -EROFS)
         failed("setattr after a failed write or flush: %d", rc);
     rc = vol_mknod(r->w.v, VOLUME_ROOT_INO, "no", S_IFREG | 0600, 0, 0, 0, &a);
     if (rc != -EIO && rc != -EROFS)
         failed("mknod after a failed write or flush: %d", rc);
+}
+
+/*
+ * The process ends after a failed write or flush, and the volume is opened again before any power cut: what it reads comes
+ * from the page cache, which shows the failed writes as if they were on the disk. Then it is closed in good order and the
+ * power is cut: what was seen must be there.
+ */
+static void fault_same_boot(struct round *r, struct rng *rng)
+{
+    struct crash c = {.rec = &r->rec, .rng = {rng_u64(rng)}}, later;
+    struct recorder rec = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+    struct image *disk[2], *cache[2], *after[2];
+    struct volume_options o;
+    struct store *store[2];
+    struct snap *seen = NULL, *s;
+    char damage[300] = "";
+    struct volume *v = NULL;
+    size_t from, to;
+    int rc;
+
+    for (int k = 0; k < 2; k++) {
+        c.durable[k] = image_new(r->base[k]);
+        cache[k] = image_new(r->live[k]);
+    }
+    crash_advance(&c, r->rec.n);
+    crash_build(&c, r->rec.n, CRASH_ALL, 0, disk); /* all but what failed, or was pending then */
+    for (int k = 0; k < 2; k++) {
+        store[k] = mstore_new(cache[k], &rec, NULL, k);
+        ((struct mstore *)store[k])->disk = disk[k];
+    }
+    o = round_options(damage);
+    opens++;
+    rc = volume_open(store[0], store[1], volume_key, volume_id, &o, &v);
+    cut_range(r, r->rec.n, false, &from, &to);
+    if (rc == 0) {
+        seen = snap_volume(v, r->root);
+        if (seen->err || !is_in_history(r, v, seen, from, to))
+            failed("opened in the same boot: %s", seen->err ? seen->why : "not a prefix of history");
+        rc = volume_close(v);
+    }
+    if (rc < 0) {
+        failed("open and close in the same boot: %s, damage: %s", strerror(-rc), damage);
+        goto out;
+    }
+    later = (struct crash){.rec = &rec, .durable = {image_new(disk[0]), image_new(disk[1])}};
+    crash_advance(&later, rec.n);
+    crash_build(&later, rec.n, CRASH_NONE, 0, after);
+    rc = open_images(after, NULL, NULL, damage, &v);
+    if (rc < 0) {
+        failed("power cut after a reopening in the same boot: %s, damage: %s", strerror(-rc), damage);
+    } else {
+        s = snap_volume(v, r->root);
+        if (s->err || s->full != seen->full)
+            failed("what a reopening in the same boot showed is lost: %s %s", s->why, damage);
+        else
+            check_clean(v, true, "after a reopening in the same boot");
+        snap_free(s);
+        volume_abandon(v);
+    }
+    images_free(after);
+    images_free(later.durable);
+out:
+    snap_free(seen);
+    images_free(disk);
+    images_free(cache);
+    images_free(c.durable);
+    recorder_reset(&rec);
+    free(rec.ev);
 }
 
 static void round_fault(struct round *r, struct set *ever)
@@ -545,7 +728,8 @@ static void round_fault(struct round *r, struct set *ever)
         fault_refuses(r);
     } else if (r->w.in_doubt) {
         failed("an operation failed but the volume is not in its error state");
-    } else if (r->faults.hits) {
+    } else if (r->faults.hits && (r->faults.kind != FAULT_WRITE || r->faults.err != ENOSPC)) {
+        /* (No room for content that no record names yet: that may be answered, and the volume goes on.) */
         failed("a write or flush failed, and the volume goes on");
     }
     for (unsigned k = 0; k < 6 && failures < 20; k++) {
@@ -570,6 +754,7 @@ static void round_fault(struct round *r, struct set *ever)
             image_free(c.durable[s]);
         }
     }
+    fault_same_boot(r, &rng);
 }
 
 /* Writes files of 1 MiB until it fails. Returns the number of good ones; *ret_rc: the error. */
@@ -645,7 +830,7 @@ static void round_full(struct round *r)
     k = fill(r, n, n / 3, &rc);
     if (rc < 0)
         failed("after deleting %u MiB only %u MiB fit: %s", n / 2, k, strerror(-rc));
-    check_clean(r->w.v, "on a full filesystem");
+    check_clean(r->w.v, true, "on a full filesystem");
     model_forget_all(r->model);
     volume_abandon(r->w.v);
     r->w.v = NULL;
@@ -670,7 +855,7 @@ static void round_full(struct round *r)
         failed("a full volume does not open: %s", strerror(-rc));
         return;
     }
-    check_clean(r->w.v, "of a full volume");
+    check_clean(r->w.v, true, "of a full volume");
     fill_verify(r, 1000, k);
 }
 
@@ -740,7 +925,7 @@ int main(int argc, char **argv)
         struct round r;
 
         alarm(120);
-        if (round_begin(&r, arg_seed))
+        if (round_begin(&r, arg_seed, false))
             round_full(&r);
         round_end(&r);
     }
@@ -751,7 +936,7 @@ int main(int argc, char **argv)
         /* In mode both, an even seed stands for ten fault rounds and then its cuts. */
         for (unsigned k = 0; fault && k < 10; k++) {
             alarm(120);
-            if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed))
+            if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed, false))
                 round_fault(&r, &ever);
             round_end(&r);
             fault_rounds++;
@@ -760,8 +945,10 @@ int main(int argc, char **argv)
         }
         if (arg_cuts) {
             alarm(120);
-            if (round_begin(&r, seed) && round_run(&r))
+            if (round_begin(&r, seed, seed % 4 == 3) && round_run(&r)) {
+                grown += r.live[0]->size > REGION_BYTES;
                 round_cuts(&r, &ever, deadline);
+            }
             round_end(&r);
             rounds++;
         }
@@ -772,6 +959,8 @@ int main(int argc, char **argv)
     printf("powercut: %llu rounds, %llu fault rounds, %llu opens, %llu repeated states left out\n",
            (unsigned long long)rounds, (unsigned long long)fault_rounds, (unsigned long long)opens,
            (unsigned long long)skipped);
+    printf("%llu rounds in which data grew; %llu recoveries cut, in %llu states\n", (unsigned long long)grown,
+           (unsigned long long)recoveries, (unsigned long long)recovery_cuts);
     printf("states %llu, distinct %llu, failures %llu\n", (unsigned long long)states, (unsigned long long)distinct,
            (unsigned long long)failures);
     free(ever.slot);

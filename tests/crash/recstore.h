@@ -204,6 +204,17 @@ UNUSED static void image_truncate(struct image *m, uint64_t size)
     m->size = size;
 }
 
+/* Puts the pages that from has of its own, and its size, into m, an image of the same parent. */
+UNUSED static void image_add(struct image *m, const struct image *from)
+{
+    for (size_t i = 0; i < from->owns; i++) {
+        const uint8_t *p = from->page[from->own[i]];
+
+        image_write(m, (uint64_t)from->own[i] * IMAGE_PAGE, p == image_zero ? NULL : p, IMAGE_PAGE);
+    }
+    m->size = from->size;
+}
+
 /* A flat copy with all pages of its parents. */
 UNUSED static struct image *image_copy(const struct image *m)
 {
@@ -252,6 +263,7 @@ struct faults {
 struct mstore {
     struct store s;
     struct image *image;
+    const struct image *disk; /* what drop() makes visible: the image is only the page cache of it; or NULL */
     struct recorder *rec;
     struct faults *faults;
     uint8_t id;
@@ -397,6 +409,22 @@ static int64_t mstore_size(struct store *s)
     return size;
 }
 
+/* Only for ranges that were not written through this store. */
+static void mstore_drop(struct store *s, uint64_t off, uint64_t len)
+{
+    struct mstore *ms = (struct mstore *)s;
+    uint8_t page[IMAGE_PAGE];
+
+    if (!ms->disk)
+        return;
+    pthread_rwlock_wrlock(&ms->image->lock);
+    for (uint64_t at = off; at < off + len && at + IMAGE_PAGE <= ms->image->size; at += IMAGE_PAGE) {
+        image_read(ms->disk, at, page, sizeof(page));
+        image_write(ms->image, at, page, sizeof(page));
+    }
+    pthread_rwlock_unlock(&ms->image->lock);
+}
+
 static void mstore_close(struct store *s)
 {
     free(s);
@@ -410,6 +438,7 @@ static const struct store_ops mstore_ops = {
     .punch = mstore_punch,
     .grow = mstore_grow,
     .size = mstore_size,
+    .drop = mstore_drop,
     .close = mstore_close,
 };
 

@@ -42,7 +42,7 @@ static int teardown(void **state)
     return rc;
 }
 
-static char *read_log(size_t *n)
+__attribute__((noinline)) static char *read_log(size_t *n)
 {
     char *buf;
 

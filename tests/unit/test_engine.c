@@ -455,7 +455,7 @@ static void test_fallocate_room(void **state)
 {
     struct fixture *f = *state;
     unsigned n = fill(f, "a", 1 << 20);
-    uint64_t ino;
+    uint64_t ino = 0;
 
     assert_int_equal(volume_checkpoint(f->v), 0);
     assert_int_equal(vol_unlink(f->v, ROOT, "a0"), 0);
@@ -540,7 +540,7 @@ static void test_synced_then_damaged(void **state)
 {
     static uint8_t buf[1 << 20];
     struct fixture *f = *state;
-    uint64_t ino;
+    uint64_t ino = 0;
 
     assert_int_equal(make(f, "file", buf, sizeof(buf), &ino), 0);
     for (unsigned k = 1; k < 80; k++) {
