@@ -134,6 +134,11 @@ engine_start() {
     local dir=$1 pid driver
     mkdir -p "$dir/root" "$dir/exec"
     rm -f "$dir/dockerd.pid"
+    # dockerd takes a zombie of an earlier containerd for a living one, and waits for it in vain.
+    pid=$(cat "$dir/exec/containerd/containerd.pid" 2>/dev/null || true)
+    if [ -n "$pid" ] && [ "$(awk '/^State/{print $2}' "/proc/$pid/status" 2>/dev/null)" = Z ]; then
+        rm -f "$dir/exec/containerd/containerd.pid"
+    fi
     for driver in "" vfs; do
         setsid dockerd --data-root "$dir/root" --exec-root "$dir/exec" --pidfile "$dir/dockerd.pid" \
             -H "unix://$dir/docker.sock" --bridge=none --iptables=false --ip6tables=false --ip-forward=false \

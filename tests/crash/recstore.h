@@ -87,12 +87,13 @@ UNUSED static uint64_t hash_bytes(const void *buf, size_t n, uint64_t seed)
 
 #define IMAGE_PAGE  4096u
 #define IMAGE_PAGES (256u << 10) /* 1 GiB at most */
+#define IMAGE_ROW   1024u        /* pages of which the table is made at once */
 
 static const uint8_t image_zero[IMAGE_PAGE];
 
 struct image {
     const struct image *parent;
-    uint8_t **page; /* NULL: the parent's, or zeroes */
+    uint8_t **row[IMAGE_PAGES / IMAGE_ROW]; /* pages; NULL: the parent's, or zeroes */
     uint32_t *own;  /* numbers of the pages that are not NULL */
     size_t owns, own_cap;
     uint64_t size;
@@ -105,9 +106,16 @@ UNUSED static struct image *image_new(const struct image *parent)
 
     m->parent = parent;
     m->size = parent ? parent->size : 0;
-    m->page = xcalloc(IMAGE_PAGES, sizeof(*m->page));
     pthread_rwlock_init(&m->lock, NULL);
     return m;
+}
+
+/* The image's own page, or NULL. */
+static uint8_t *image_own(const struct image *m, uint64_t no)
+{
+    uint8_t **row = m->row[no / IMAGE_ROW];
+
+    return row ? row[no % IMAGE_ROW] : NULL;
 }
 
 UNUSED static void image_free(struct image *m)
@@ -115,10 +123,11 @@ UNUSED static void image_free(struct image *m)
     if (!m)
         return;
     for (size_t i = 0; i < m->owns; i++)
-        if (m->page[m->own[i]] != image_zero)
-            free(m->page[m->own[i]]);
+        if (image_own(m, m->own[i]) != image_zero)
+            free(image_own(m, m->own[i]));
+    for (size_t i = 0; i < IMAGE_PAGES / IMAGE_ROW; i++)
+        free(m->row[i]);
     pthread_rwlock_destroy(&m->lock);
-    free(m->page);
     free(m->own);
     free(m);
 }
@@ -126,23 +135,27 @@ UNUSED static void image_free(struct image *m)
 static const uint8_t *image_page(const struct image *m, uint64_t no)
 {
     for (; m; m = m->parent)
-        if (m->page[no])
-            return m->page[no];
+        if (image_own(m, no))
+            return image_own(m, no);
     return image_zero;
 }
 
 static void image_set(struct image *m, uint64_t no, uint8_t *page)
 {
-    if (!m->page[no]) {
+    uint8_t *old = image_own(m, no), ***row = &m->row[no / IMAGE_ROW];
+
+    if (!old) {
+        if (!*row)
+            *row = xcalloc(IMAGE_ROW, sizeof(**row));
         if (m->owns == m->own_cap) {
             m->own_cap = m->own_cap ? 2 * m->own_cap : 64;
             m->own = xrealloc(m->own, m->own_cap * sizeof(*m->own));
         }
         m->own[m->owns++] = (uint32_t)no;
-    } else if (m->page[no] != image_zero) {
-        free(m->page[no]);
+    } else if (old != image_zero) {
+        free(old);
     }
-    m->page[no] = page;
+    (*row)[no % IMAGE_ROW] = page;
 }
 
 /* Bytes past the end read as zeroes. */
@@ -176,16 +189,16 @@ UNUSED static bool image_write(struct image *m, uint64_t off, const void *buf, s
         if (!p && k == IMAGE_PAGE) {
             image_set(m, no, (uint8_t *)image_zero);
         } else {
-            if (!m->page[no] || m->page[no] == image_zero) {
+            if (!image_own(m, no) || image_own(m, no) == image_zero) {
                 uint8_t *fresh = xmalloc(IMAGE_PAGE);
 
                 memcpy(fresh, image_page(m, no), IMAGE_PAGE);
                 image_set(m, no, fresh);
             }
             if (p)
-                memcpy(m->page[no] + in, p, k);
+                memcpy(image_own(m, no) + in, p, k);
             else
-                memset(m->page[no] + in, 0, k);
+                memset(image_own(m, no) + in, 0, k);
         }
         if (p)
             p += k;
@@ -208,7 +221,7 @@ UNUSED static void image_truncate(struct image *m, uint64_t size)
 UNUSED static void image_add(struct image *m, const struct image *from)
 {
     for (size_t i = 0; i < from->owns; i++) {
-        const uint8_t *p = from->page[from->own[i]];
+        const uint8_t *p = image_own(from, from->own[i]);
 
         image_write(m, (uint64_t)from->own[i] * IMAGE_PAGE, p == image_zero ? NULL : p, IMAGE_PAGE);
     }

@@ -1470,7 +1470,9 @@ static bool data_kind_ok(struct world *w, const struct m_inode *i, ssize_t rc)
 {
     if (S_ISREG(i->mode))
         return true;
-    if (rc != -EISDIR && rc != -EINVAL && rc != -EFBIG)
+    if (w->faults && (rc == -EIO || rc == -EROFS))
+        w->in_doubt = true; /* and not applied */
+    else if (rc != -EISDIR && rc != -EINVAL && rc != -EFBIG)
         world_fail(w, "on something that is no file: %zd", rc);
     return false;
 }

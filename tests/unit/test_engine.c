@@ -497,7 +497,7 @@ static void test_recovery_with_damage(void **state)
     for (uint64_t u = 0; u < 2000; u++) {
         uint8_t byte;
 
-        if (!was[0]->page[u] || was[0]->page[u] == image_zero)
+        if (image_page(was[0], u) == image_zero)
             continue;
         f->image[0] = image_new(was[0]);
         f->image[1] = image_new(was[1]);

@@ -450,6 +450,24 @@ static void test_recovery_typos(void **state)
     keystore_close(k);
 }
 
+/* A missing letter is not taken for a zero. */
+static void test_recovery_too_short(void **state)
+{
+    struct recovery_key r = {.secret = "any"}, got;
+    char text[KEYSTORE_RECOVERY_MAX];
+    size_t n;
+
+    (void)state;
+    do {
+        r.secret[31]++;
+        recovery_encode(&r, text);
+        n = strlen(text);
+    } while (text[n - 1] != '0');
+    assert_int_equal(recovery_decode((const uint8_t *)text, n, &got), 0);
+    assert_memory_equal(&r, &got, sizeof(r));
+    assert_int_equal(recovery_decode((const uint8_t *)text, n - 1, &got), -EKEYREJECTED);
+}
+
 static void test_recovery_of_another(void **state)
 {
     char text[KEYSTORE_RECOVERY_MAX];
@@ -590,6 +608,9 @@ static void test_no_file(void **state)
     assert_int_equal(mkfifoat(dir, KEYSTORE_FILE, 0600), 0);
     assert_int_equal(try_file(AGENT_SLOT_KEY_FILE, KEYFILE), -EBADMSG);
     unlinkat(dir, KEYSTORE_FILE, 0);
+    assert_int_equal(mkdirat(dir, KEYSTORE_FILE, 0700), 0);
+    assert_int_equal(try_file(AGENT_SLOT_KEY_FILE, KEYFILE), -EBADMSG);
+    unlinkat(dir, KEYSTORE_FILE, AT_REMOVEDIR);
     assert_int_equal(unlock(k, AGENT_SLOT_KEY_FILE, KEYFILE), -ENOENT);
     /* somebody took the file away: a change writes it anew */
     assert_true(keystore_unlocked(k));
@@ -1435,7 +1456,34 @@ static void test_moved_keys(void **state)
     forge_free(f);
 }
 
-/* Signed with a key that is not the body's; a seed that is another one's. */
+/* Two slots of one kind: either opens, a third secret does not, a changed one says so. */
+static void test_two_of_a_kind(void **state)
+{
+    static const char second[] = "another key file";
+    struct keystore *k = populated();
+    struct forge *f = forge_open();
+    struct key *root = key_new();
+
+    (void)state;
+    memcpy(root->b, f->root, 32);
+    assert_int_equal(
+        slot_make(f->image.head.id, AGENT_SLOT_KEY_FILE, (const uint8_t *)second, 16, root, &f->image.slot[1]), 0);
+    forge_write(f);
+    keystore_lock(k);
+    assert_int_equal(keystore_unlock(k, AGENT_SLOT_KEY_FILE, (const uint8_t *)second, 16), 0);
+    assert_int_equal(unlock(k, AGENT_SLOT_KEY_FILE, KEYFILE), 0);
+    assert_int_equal(keystore_unlock(k, AGENT_SLOT_KEY_FILE, (const uint8_t *)"Another key file", 16), -EKEYREJECTED);
+    assert_int_equal(unlock(k, AGENT_SLOT_RECOVERY, "x"), -EKEYREJECTED);
+    f->image.slot[0].wrapped[0] ^= 1;
+    forge_write(f);
+    assert_int_equal(unlock(k, AGENT_SLOT_KEY_FILE, KEYFILE), -EBADMSG);
+    assert_int_equal(keystore_unlock(k, AGENT_SLOT_KEY_FILE, (const uint8_t *)second, 16), 0);
+    key_free(&root);
+    forge_free(f);
+    keystore_close(k);
+}
+
+/* A MAC of the head under another key; signed with a key that is not the body's; a seed that is another one's. */
 static void test_forged_signature(void **state)
 {
     struct keystore *k = populated();
@@ -1443,6 +1491,10 @@ static void test_forged_signature(void **state)
     uint8_t good[64], other[32];
 
     (void)state;
+    f->head[0] ^= 1;
+    forge_write(f);
+    assert_int_equal(try_file(AGENT_SLOT_KEY_FILE, KEYFILE), -EBADMSG);
+    f->head[0] ^= 1;
     memcpy(good, f->sign, 64);
     crypto_sign_keypair(other, f->sign);
     forge_write(f);
@@ -1588,6 +1640,7 @@ int main(void)
         TEST(test_key_file),
         TEST(test_recovery),
         TEST(test_recovery_typos),
+        TEST(test_recovery_too_short),
         TEST(test_recovery_of_another),
         TEST(test_every_byte),
         TEST(test_every_byte_of_a_passphrase_slot),
@@ -1610,6 +1663,7 @@ int main(void)
         TEST(test_forge_round_trip),
         TEST(test_forged_bodies),
         TEST(test_moved_keys),
+        TEST(test_two_of_a_kind),
         TEST(test_forged_signature),
         TEST(test_sealed_by_someone_else),
         TEST(test_volume_limit),
