@@ -181,21 +181,25 @@ static size_t body_max(const struct ks_image *image)
 static int file_make(struct ks_image *image, const struct ks_keys *keys, const struct ks_body *body, uint8_t **ret,
                      size_t *ret_n)
 {
-    uint8_t *plain;
-    size_t n;
+    uint8_t *plain, *file;
+    size_t n, file_n;
     int rc = ks_body_encode(body, body_max(image), &plain, &n);
 
     if (rc < 0)
         return rc;
     image->head.generation = le64_make(le64_get(image->head.generation) + 1);
     image->head.body_bytes = le32_make((uint32_t)(KS_NONCE_BYTES + n + KS_TAG_BYTES));
-    file_seal(image, keys, plain, n, ret, ret_n);
+    file_seal(image, keys, plain, n, &file, &file_n);
     sodium_memzero(plain, n);
     free(plain);
-    rc = keystore_check_head(*ret, *ret_n, *ret_n);
-    if (rc < 0)
-        free(*ret);
-    return rc;
+    rc = keystore_check_head(file, file_n, file_n);
+    if (rc < 0) {
+        free(file);
+        return rc;
+    }
+    *ret = file;
+    *ret_n = file_n;
+    return 0;
 }
 
 /* Writes what is in memory. After a failure the caller puts memory back. */

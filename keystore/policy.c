@@ -10,7 +10,6 @@
 
 #include "fs/base/base.h"
 
-#include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -20,8 +19,12 @@ static const struct {
     const char *name; /* with its colon where it takes a value */
     uint8_t kind;     /* enum policy_kind */
 } selectors[] = {
-    {"attached", POLICY_ATTACHED}, {"container:", POLICY_CONTAINER}, {"image:", POLICY_IMAGE},
-    {"image-id:", POLICY_IMAGE_ID}, {"label:", POLICY_LABEL},        {"uid:", POLICY_UID},
+    {"attached", POLICY_ATTACHED},
+    {"container:", POLICY_CONTAINER},
+    {"image:", POLICY_IMAGE},
+    {"image-id:", POLICY_IMAGE_ID},
+    {"label:", POLICY_LABEL},
+    {"uid:", POLICY_UID},
     {"ro", POLICY_RO},
 };
 
@@ -44,10 +47,46 @@ static const char *shown(const char *text, char buf[64])
     return buf;
 }
 
+/* The length of the well-formed UTF-8 sequence at s that is no control character (C0, DEL, C1), or 0. */
+static size_t char_len(const uint8_t *s)
+{
+    size_t n = s[0] < 0x80 ? 1 : s[0] >= 0xf0 ? 4 : s[0] >= 0xe0 ? 3 : 2;
+
+    if (n == 1)
+        return s[0] >= 0x20 && s[0] != 0x7f;
+    if (s[0] < 0xc2 || s[0] > 0xf4 || (s[0] == 0xc2 && s[1] < 0xa0) || (s[0] == 0xe0 && s[1] < 0xa0) ||
+        (s[0] == 0xed && s[1] >= 0xa0) || (s[0] == 0xf0 && s[1] < 0x90) || (s[0] == 0xf4 && s[1] >= 0x90))
+        return 0;
+    for (size_t i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80) /* the NUL at the end is none either */
+            return 0;
+    return n;
+}
+
 static bool printable(const char *text)
 {
-    for (; *text; text++)
-        if ((unsigned char)*text < 0x20 || (unsigned char)*text == 0x7f)
+    for (size_t n; *text; text += n)
+        if (!(n = char_len((const uint8_t *)text)))
+            return false;
+    return true;
+}
+
+/* As Docker and Podman name containers; a slash before it is the API's, not the name's. */
+static bool container_name(const char *s)
+{
+    for (size_t i = 0; s[i]; i++) {
+        bool alnum = (s[i] >= 'a' && s[i] <= 'z') || (s[i] >= 'A' && s[i] <= 'Z') || (s[i] >= '0' && s[i] <= '9');
+
+        if (!alnum && (i == 0 || !strchr("_.-", s[i])))
+            return false;
+    }
+    return s[0] != 0;
+}
+
+static bool graphic(const char *s)
+{
+    for (; *s; s++)
+        if (*s <= 0x20 || *s >= 0x7f)
             return false;
     return true;
 }
@@ -80,13 +119,18 @@ static int parse_value(struct policy_rule *r, struct policy_selector *s, char *w
         return refuse(why, n, "selector %s has no value", shown(r->words + s->text, buf));
     if (strlen(value) > POLICY_VALUE_MAX + POLICY_KEY_MAX)
         return refuse(why, n, "selector %s is too long", shown(r->words + s->text, buf));
+    if (s->kind == POLICY_CONTAINER && !container_name(value))
+        return refuse(why, n, "container: wants a name of letters, digits, _ . and -, have %s", shown(value, buf));
+    if (s->kind == POLICY_IMAGE && !graphic(value))
+        return refuse(why, n, "image: wants the reference given at creation, without spaces, have %s",
+                      shown(value, buf));
     if (s->kind == POLICY_UID && parse_uid(value, &s->uid) < 0)
         return refuse(why, n, "uid:%s is not a user's number", shown(value, buf));
     if (s->kind == POLICY_IMAGE_ID && (strncmp(value, "sha256:", 7) != 0 || !hex64(value + 7)))
         return refuse(why, n, "image-id: wants sha256: and 64 lower-case hex digits");
     if (s->kind == POLICY_LABEL) {
         equal = strchr(value, '=');
-        if (!equal || equal == value || equal - value > POLICY_KEY_MAX)
+        if (!equal || equal == value || equal - value > POLICY_KEY_MAX || memchr(value, ' ', (size_t)(equal - value)))
             return refuse(why, n, "label: wants KEY=VALUE, have %s", shown(value, buf));
         s->key = s->value;
         *equal = 0;
@@ -98,7 +142,7 @@ static int parse_value(struct policy_rule *r, struct policy_selector *s, char *w
     return 0;
 }
 
-/* Appends a word (its NUL too) to the rule's words. They are twice as long as a rule: each selector stands there twice. */
+/* Appends a word (its NUL too) to the rule's words: twice as long as a rule, as each selector stands there twice. */
 static uint16_t add_word(struct policy_rule *r, size_t *used, const char *text, size_t len)
 {
     uint16_t at = (uint16_t)*used;
@@ -109,12 +153,32 @@ static uint16_t add_word(struct policy_rule *r, size_t *used, const char *text, 
     return at;
 }
 
+/* Of each kind there is one, of labels one for each key. */
+static bool stands_already(const struct policy_rule *r, const struct policy_selector *s)
+{
+    for (unsigned i = 0; i < r->n; i++)
+        if (r->selectors[i].kind == s->kind &&
+            (s->kind != POLICY_LABEL || !strcmp(r->words + r->selectors[i].key, r->words + s->key)))
+            return true;
+    return false;
+}
+
+static bool never_holds_with(const struct policy_rule *r, uint8_t kind)
+{
+    for (unsigned i = 0; i < r->n; i++)
+        if ((r->selectors[i].kind == POLICY_UID) != (kind == POLICY_UID))
+            return true;
+    return false;
+}
+
 static int parse_selector(struct policy_rule *r, size_t *used, const char *text, size_t len, char *why, size_t n)
 {
     struct policy_selector s = {.text = add_word(r, used, text, len)};
     const char *word = r->words + s.text;
     char buf[64];
 
+    if (len && (word[0] == ' ' || word[len - 1] == ' '))
+        return refuse(why, n, "no spaces stand around selectors: %s", shown(word, buf));
     for (size_t i = 0; i < ARRAY_LEN(selectors); i++) {
         size_t name = strlen(selectors[i].name);
         bool valued = selectors[i].name[name - 1] == ':';
@@ -139,9 +203,12 @@ static int parse_selector(struct policy_rule *r, size_t *used, const char *text,
             if (rc < 0)
                 return rc;
         }
-        for (unsigned k = 0; k < r->n; k++)
-            if (strcmp(r->words + r->selectors[k].text, word) == 0)
-                return refuse(why, n, "selector %s stands twice", shown(word, buf));
+        if (stands_already(r, &s))
+            return refuse(why, n, "selector %s stands twice, with another value it never holds: give two rules",
+                          shown(word, buf));
+        if (never_holds_with(r, s.kind))
+            return refuse(why, n, "uid: is of processes outside containers, so with %s it never holds: give two rules",
+                          shown(s.kind == POLICY_UID ? r->words + r->selectors[0].text : word, buf));
         r->selectors[r->n++] = s;
         return 0;
     }
@@ -153,6 +220,7 @@ static int parse_selector(struct policy_rule *r, size_t *used, const char *text,
 int policy_parse(const char *text, bool deny, struct policy_rule *ret, char *why, size_t n)
 {
     struct policy_rule r = {.deny = deny};
+    unsigned count = 0;
     size_t used = 0;
 
     if (strnlen(text, AGENT_RULE_MAX) >= AGENT_RULE_MAX)
@@ -160,12 +228,12 @@ int policy_parse(const char *text, bool deny, struct policy_rule *ret, char *why
     if (!*text)
         return refuse(why, n, "the rule is empty: known selectors are " KNOWN);
     if (!printable(text))
-        return refuse(why, n, "a rule is one line without control characters");
+        return refuse(why, n, "a rule is one line of UTF-8 without control characters");
     for (const char *at = text;; at++) {
         size_t len = strcspn(at, ",");
         int rc;
 
-        if (r.n == POLICY_SELECTORS_MAX)
+        if (count++ == POLICY_SELECTORS_MAX)
             return refuse(why, n, "a rule has at most %d selectors", POLICY_SELECTORS_MAX);
         if (used + 2 * (len + 1) > sizeof(r.words))
             return refuse(why, n, "the rule is too long");
@@ -204,6 +272,8 @@ static const char *label_of(const struct policy_caller *c, const char *key)
     return NULL;
 }
 
+static const char another_user[] = "another user"; /* its number is told where the reason is made */
+
 /* Does it hold? *ret_have: what the caller has instead, or why it cannot. */
 static bool holds(const struct policy_rule *r, const struct policy_selector *s, const struct policy_caller *c,
                   const char **ret_have)
@@ -213,8 +283,8 @@ static bool holds(const struct policy_rule *r, const struct policy_selector *s, 
     *ret_have = NULL;
     if (s->kind == POLICY_UID) {
         *ret_have = c->container || c->container_shaped_cgroup ? "a process in a container"
-                    : !c->own_pid_ns                            ? "a process of another pid namespace"
-                                                                : "another user";
+                    : !c->own_pid_ns                           ? "a process of another pid namespace"
+                                                               : another_user;
         return !c->container && !c->container_shaped_cgroup && c->own_pid_ns && c->uid == s->uid;
     }
     if (!c->container) {
@@ -249,6 +319,10 @@ static unsigned count_holding(const struct policy_rule *r, bool attached_volume,
     unsigned count = 0;
 
     *ret_failed = NULL;
+    if (!r->n && !r->deny) { /* nobody has parsed it: it says nothing, which must not allow */
+        *ret_failed = "(empty)";
+        *ret_have = "none";
+    }
     for (unsigned i = 0; i < r->n; i++) {
         const struct policy_selector *s = &r->selectors[i];
         const char *have;
@@ -294,14 +368,19 @@ static void without_rules(bool attached_volume, const struct policy_caller *c, s
         verdict(ret, false, false, -1, "no rule allows anybody");
 }
 
-void policy_evaluate(const struct policy_rule *rules, size_t n, bool attached_volume, const struct policy_caller *caller,
-                     bool write, struct policy_verdict *ret)
+void policy_evaluate(const struct policy_rule *rules, size_t n, bool attached_volume,
+                     const struct policy_caller *caller, bool write, struct policy_verdict *ret)
 {
     const char *failed, *have, *near_failed = NULL, *near_have = NULL;
     int best = -1, nearest = -1;
     unsigned near_count = 0;
+    const char *keys[POLICY_LABELS_MAX];
     bool any_allow = false;
 
+    if (policy_labels(rules, n, keys) > POLICY_LABELS_MAX) { /* some were not asked for: what they deny is not known */
+        verdict(ret, false, false, -1, "the rules name more than %d labels, so nobody is let in", POLICY_LABELS_MAX);
+        return;
+    }
     if (caller->container && caller->foreign_ns) {
         verdict(ret, false, false, -1, "in the container's cgroup, but with the host's pid and mount namespaces");
         return;
@@ -329,10 +408,14 @@ void policy_evaluate(const struct policy_rule *rules, size_t n, bool attached_vo
     if (!any_allow)
         without_rules(attached_volume, caller, ret);
     else if (best >= 0 && write && rules[best].read_only)
-        verdict(ret, false, true, best, "rule %d allows reading only", best + 1);
+        verdict(ret, false, false, best, "rule %d allows reading only", best + 1);
     else if (best >= 0)
         verdict(ret, true, rules[best].read_only, best, "rule %d allows it%s", best + 1,
                 rules[best].read_only ? ", read-only" : "");
+    else if (near_have == another_user)
+        verdict(ret, false, false, nearest,
+                "no rule allows it; nearest is rule %d, whose %s does not hold: have uid:%u", nearest + 1, near_failed,
+                caller->uid);
     else
         verdict(ret, false, false, nearest, "no rule allows it; nearest is rule %d, whose %s does not hold: have %s",
                 nearest + 1, near_failed, near_have);

@@ -872,6 +872,13 @@ static void unlock_complete(struct server *s, struct secret_read *r)
         server_audit(s, "unlock-refused", "", slot_names[r->kind]);
     if (rc == -EKEYREJECTED)
         secret_reply(s, r, rc, "no slot of the keystore opens with this");
+    else if (rc == -ENOENT)
+        secret_reply(s, r, rc,
+                     keystore_initialised(s->keystore)
+                         ? "the keystore has no slot of this kind: unlock it with its passphrase, key file or recovery key"
+                         : "there is no keystore yet: run coffer init");
+    else if (rc == -EBADMSG)
+        secret_reply(s, r, rc, "this opens a slot, but the keystore file was changed: restore it from a backup");
     else
         secret_reply(s, r, rc, rc < 0 ? strerror(-rc) : "");
 }

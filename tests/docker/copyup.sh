@@ -25,7 +25,7 @@ step "a used volume is not filled again, and the engine sees no content"
 run_bg third -v seeded:/seed coffer-seed sleep 1000
 expect more "$(docker exec third cat /seed/new)" "the third container"
 if docker cp third:/seed/sub/file "$T/copied" >"$T/out" 2>&1; then fail "docker cp has read the volume"; fi
-expect 1 "$(grep -c '' "$T/out")" "lines of docker cp's refusal"
+grep -qi 'permission denied' "$T/out" || fail "docker cp is refused with another reason: $(cat "$T/out")"
 if docker cp "$T/key" third:/seed/put >"$T/out" 2>&1; then fail "docker cp has written to the volume"; fi
 docker exec third test ! -e /seed/put || fail "docker cp left a file"
 expect "from the image" "$(docker exec third cat /seed/sub/file)" "after docker cp"
