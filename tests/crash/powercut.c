@@ -945,7 +945,7 @@ int main(int argc, char **argv)
         }
         if (arg_cuts) {
             alarm(120);
-            if (round_begin(&r, seed, seed % 4 == 3) && round_run(&r)) {
+            if (round_begin(&r, seed, seed % 4 == 1) && round_run(&r)) {
                 grown += r.live[0]->size > REGION_BYTES;
                 round_cuts(&r, &ever, deadline);
             }

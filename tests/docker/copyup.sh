@@ -32,7 +32,7 @@ expect "from the image" "$(docker exec third cat /seed/sub/file)" "after docker 
 
 step "options"
 volume opts size=100M block=8k uid=77 gid=88 mode=0711 profile=database
-expect "77:88 711" "$(run opts -v opts:/data coffer-test stat -c '%u:%g %a' /data)" "uid, gid and mode"
+expect "77:88 711" "$(run opts -v opts:/not-in-the-image coffer-test stat -c '%u:%g %a' /not-in-the-image)" "uid, gid and mode"
 run opts -v opts:/data coffer-test df -k /data | tail -n 1 | awk '{exit !($2 > 60000 && $2 <= 102400)}' || fail "df does not show the size"
 docker volume create -d "$DRIVER" -o size=100M -o block=8k -o uid=77 -o gid=88 -o mode=0711 -o profile=database opts >/dev/null ||
     fail "creating it again with the same options"

@@ -14,7 +14,7 @@
  *  3. Times are compared after a pause longer than the kernel's clock tick.
  */
 #ifndef __clang__
-#pragma GCC diagnostic ignored "-Wstringop-overread"  /* EFAULT is what is tested */
+#pragma GCC diagnostic ignored "-Wstringop-overread" /* EFAULT is what is tested */
 #pragma GCC diagnostic ignored "-Wformat-truncation" /* names too long, likewise */
 #endif
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers" /* struct watch: the test sets the rest */
@@ -284,7 +284,7 @@ static int opened(int fd)
 enum kind { FILE_, DIR_, FIFO_, CHAR_, BLOCK_, SOCKET_, LINK_, KINDS };
 
 /* makedev(3) of a major below 4096, as a constant. */
-#define DEV(major, minor) ((dev_t)(major) << 8 | ((minor) & 0xff) | (dev_t)((minor) & ~0xff) << 12)
+#define DEV(major, minor) ((dev_t)(major) << 8 | ((minor)&0xff) | (dev_t)((minor) & ~0xff) << 12)
 
 static const struct {
     const char *name;
@@ -372,9 +372,9 @@ static void each_op(int line, int flags, const char *path, int err)
     for (size_t i = 0; i < N(ops); i++) {
         if (!(ops[i].flags & flags))
             continue;
+        in("%s of %.40s", ops[i].name, err == EFAULT ? "no memory" : path);
         errno = 0;
-        in("%s of %.40s", ops[i].name, path);
-        expect_err(line, strlen(path) > 40 ? "a long path" : "the path", err, err, ops[i].fn(path));
+        expect_err(line, "the path", err, err, ops[i].fn(path));
     }
     in("%s", "");
 }
@@ -843,7 +843,7 @@ static void g_fallocate(void)
 {
     int fd = (int)E(0, open("f", O_RDWR | O_CREAT, 0644)), rd = open("f", O_RDONLY);
 
-    CHANGES(fallocate(fd, 0, 0, 100000), {"f", "c"}, {".", ""});
+    CHANGES(fallocate(fd, 0, 0, 100000), {"f", "mc"}, {".", ""});
     IS(100000, look("f").st_size);
     OK(look("f").st_blocks * 512 >= 100000);
     STR("0100000", runs(fd, 0, 200000));
@@ -883,7 +883,7 @@ static void g_fallocate(void)
     IS(EBADF, posix_fallocate(rd, 0, 10));
     IS(EINVAL, posix_fallocate(fd, 0, 0));
     CHANGES(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 8192), {"f", "mc"});
-    CHANGES(fallocate(fd, 0, 0, 500000), {"f", "c"});
+    CHANGES(fallocate(fd, 0, 0, 500000), {"f", "mc"});
     E(0, chown("f", U1, U1));
     E(0, chmod("f", 06777));
     AS(U2, U2)
@@ -980,7 +980,8 @@ static void g_link(void)
     in("%s", "");
     put("f", "x", 0, 0, 0644);
     E(EPERM, link("d", "e"));
-    E(EXDEV, link("f", "/proc/x"));
+    if (look("/dev/shm").st_dev != look("f").st_dev)
+        E(EXDEV, link("f", "/dev/shm/posix-test-link"));
     E(ENOENT, link("f", ""));
     E(EEXIST, link("f", "f"));
     E(EEXIST, link("f", "."));
@@ -1079,7 +1080,7 @@ static void g_unlink(void)
     E(ENOENT, mkdirat(fd, "x", 0755));
     E(ENOENT, openat(fd, "x", O_WRONLY | O_CREAT, 0644));
     E(ENOENT, symlinkat("x", fd, "y"));
-    IS(0, syscall(SYS_getdents64, fd, (char[1024]){0}, 1024));
+    E(ENOENT, syscall(SYS_getdents64, fd, (char[1024]){0}, 1024));
     E(0, fstat(fd, &st));
     IS(0, st.st_nlink);
     E(0, close(fd));
@@ -1091,6 +1092,7 @@ static void g_sticky(void)
 {
     static const uid_t who[] = {0, U1, U2};
 
+    E(0, chmod(".", 0777));
     for (size_t i = 0; i < N(who); i++)
         for (size_t j = 0; j < N(who); j++)
             for (int sticky = 0; sticky < 2; sticky++) {
