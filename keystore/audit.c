@@ -253,6 +253,8 @@ static bool reserve_give_up(struct audit *a)
     if (unlinkat(a->dirfd, AUDIT_RESERVE_FILE, 0) < 0)
         return false;
     sync_dir(a->dirfd); /* some filesystems free the blocks only then */
+    /* Whatever fills the disk shall not take them first; a torn tail needs the rest. At worst the retry fails. */
+    (void)!fallocate(a->fd, FALLOC_FL_KEEP_SIZE, (off_t)a->size, AUDIT_RESERVE_BYTES - 2 * AUDIT_LINE_MAX);
     return true;
 }
 

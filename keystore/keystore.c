@@ -597,7 +597,7 @@ static unsigned find_rule(const struct ks_volume *v, const struct agent_rule *r)
 {
     unsigned i = 0;
 
-    while (i < v->nrules && (v->rules[i].deny != !!r->deny || strcmp(v->rules[i].text, r->rule)))
+    while (i < v->nrules && (v->rules[i].deny != !!r->deny || strcmp(v->rules[i].text, r->rule) != 0))
         i++;
     return i;
 }

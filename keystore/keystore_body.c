@@ -70,7 +70,7 @@ int keystore_check_head(const uint8_t *head, size_t n, uint64_t size)
     if (n < sizeof(h) || n > size)
         return -EBADMSG;
     memcpy(&h, head, sizeof(h));
-    if (memcmp(h.magic, KS_MAGIC, sizeof(h.magic)) || le32_get(h.version) == 0)
+    if (memcmp(h.magic, KS_MAGIC, sizeof(h.magic)) != 0 || le32_get(h.version) == 0)
         return -EBADMSG;
     if (le32_get(h.version) > KS_VERSION || le32_get(h.incompat))
         return -ENOTSUP;
@@ -373,7 +373,7 @@ static struct ks_volume *decode_volume(const uint8_t *p, size_t n)
     p += sizeof(d), n -= sizeof(d);
     for (; v->nrules < le32_get(d.rules); v->nrules++) {
         struct ks_rule *rule = &v->rules[v->nrules];
-        struct disk_rule r;
+        struct disk_rule r = {0};
         const uint8_t *text = next_rule(p, n, &at, &r);
 
         rule->deny = r.deny;

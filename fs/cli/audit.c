@@ -201,11 +201,13 @@ static int read_lines(const struct cli *c, struct reader *r, const char *since)
 
 static int follow(const struct cli *c, struct reader *r, const char *since)
 {
+    struct pollfd out = {.fd = STDOUT_FILENO};
     struct stat st;
     int rc = 0;
 
     while (rc == 0 && !fflush(stdout) && !ferror(stdout)) {
-        poll(NULL, 0, FOLLOW_MS);
+        if (poll(&out, 1, FOLLOW_MS) > 0)
+            return 0; /* who read has gone: without this it would only show at the next record */
         if (fstat(r->fd, &st) < 0)
             return -errno;
         if ((uint64_t)st.st_size < r->off || !st.st_nlink)

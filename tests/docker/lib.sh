@@ -45,7 +45,7 @@ cofferd_start() {
 
 cofferd_pid() { pgrep -f "^cofferd --root $T/c( |$)" | head -n 1 || true; }
 # server_pid VOLUME: the coffer-fs that serves it.
-server_pid() { pgrep -f "coffer-fs serve $1\$" | head -n 1 || true; }
+server_pid() { pgrep -f "^coffer-fs serve $1( |\$)" | head -n 1 || true; }
 agent_pid() { pgrep -P "$(cofferd_pid)" -x coffer-keyd | head -n 1 || true; }
 
 fixture_end() {

@@ -542,28 +542,28 @@ static void test_mixed(void **state)
 {
     struct keystore *k = made(AGENT_SLOT_KEY_FILE, NULL);
     size_t n, m, cuts[] = {96, 96 + 320, 96 + 640, 96 + 640 + 32, 0};
-    uint8_t *old = slurp(&n), *new, *mixed;
+    uint8_t *old = slurp(&n), *next, *mixed;
 
     (void)state;
     assert_int_equal(add(k, "a"), 0);
-    new = slurp(&m);
+    next = slurp(&m);
     assert_int_equal(n, m);
     mixed = xmalloc(n);
     cuts[4] = n - KS_SIG_BYTES;
     for (size_t i = 0; i < ARRAY_LEN(cuts); i++) {
-        memcpy(mixed, new, n);
+        memcpy(mixed, next, n);
         memcpy(mixed, old, cuts[i]);
         spit(mixed, n);
         assert_int_equal(try_file(AGENT_SLOT_KEY_FILE, KEYFILE), -EBADMSG);
     }
     /* the slots change places */
-    memcpy(mixed, new, n);
-    memcpy(mixed + 96, new + 96 + 320, 320);
-    memcpy(mixed + 96 + 320, new + 96, 320);
+    memcpy(mixed, next, n);
+    memcpy(mixed + 96, next + 96 + 320, 320);
+    memcpy(mixed + 96 + 320, next + 96, 320);
     spit(mixed, n);
     assert_int_equal(try_file(AGENT_SLOT_KEY_FILE, KEYFILE), -EBADMSG);
     free(old);
-    free(new);
+    free(next);
     free(mixed);
     keystore_close(k);
 }
@@ -1002,7 +1002,7 @@ static void test_deaths(void **state)
 {
     (void)state;
     for (size_t c = 0; c < ARRAY_LEN(changes); c++) {
-        unsigned old = 0, new = 0;
+        unsigned old = 0, later = 0;
         bool died = true;
 
         for (int i = 0; died; i++) {
@@ -1016,10 +1016,10 @@ static void test_deaths(void **state)
             assert_int_equal(unlock(k, AGENT_SLOT_KEY_FILE, KEYFILE), 0);
             after = dump(k);
             if (strcmp(before, after)) {
-                new ++;
+                later++;
             } else {
                 assert_int_equal(changes[c].fn(k), 0);
-                assert_int_equal(new, 0); /* once there, it stays */
+                assert_int_equal(later, 0); /* once there, it stays */
                 old++;
             }
             k = reopened(k);
@@ -1027,7 +1027,7 @@ static void test_deaths(void **state)
             free(before);
             free(after);
         }
-        assert_true(old >= 3 && new >= 3);
+        assert_true(old >= 3 && later >= 3);
     }
 }
 
