@@ -20,7 +20,7 @@ _Static_assert(KS_SEALED_KEK == KEY_BYTES + crypto_box_SEALBYTES, "box_seal");
 _Static_assert(KS_NONCE_BYTES == crypto_aead_xchacha20poly1305_ietf_NPUBBYTES, "nonce");
 _Static_assert(KS_TAG_BYTES == crypto_aead_xchacha20poly1305_ietf_ABYTES, "MAC");
 
-/* Three passes over 256 MiB: half a second to a second, and a guess costs a thief as much memory. */
+/* Three passes over 256 MiB: a second or two, and a guess costs a thief as much memory. */
 static uint64_t argon_ops = 3, argon_mem = 256u << 20;
 
 void keystore_set_argon_cost_for_new_slots(uint64_t ops, uint64_t mem)
