@@ -143,6 +143,18 @@ void inodes_closed(uint64_t ino, bool write)
     pthread_mutex_unlock(&inodes_lock);
 }
 
+bool inodes_written(uint64_t ino)
+{
+    const struct slot *s;
+    bool written;
+
+    pthread_mutex_lock(&inodes_lock);
+    s = slot_find(ino);
+    written = s && s->writers;
+    pthread_mutex_unlock(&inodes_lock);
+    return written;
+}
+
 size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_refs)
 {
     uint64_t *ino, *refs = NULL;

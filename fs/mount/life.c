@@ -6,14 +6,18 @@
  *                              +----------------- the open failed -----------------------+
  *   any --life_stop: nothing is opened from then on
  *
- * Owns the volume. Invariants:
+ * Owns the volume. Invariants (check_state):
  *  1. `volume` is set and cleared only under engine_lock held exclusively; whoever works with it holds it shared, from
- *     life_enter* to life_leave.
+ *     life_enter* to life_leave. It is set in OPEN and LOCKING, or about to be so or not so any more.
  *  2. While LOCKING only the kernel's own requests come in (its writeback): grants have ended before.
  *  3. The stores work on duplicates of the descriptors, so that the volume can be opened again.
+ *  4. Of the threads that serve requests, never more than LOCKING_WAITERS wait for a locking to end: it needs others to
+ *     take the kernel's dirty pages. Who comes then is refused.
+ *  5. The kernel is notified without engine_lock: its answer to a notification may be a request that needs it.
  */
 #include "mount.h"
 
+#include <assert.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sodium.h>
@@ -21,15 +25,32 @@
 
 enum life_state { LOCKED, OPENING, OPEN, LOCKING };
 
-static pthread_rwlock_t engine_lock = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP; /* volume */
+/* Readers first: a locking that waits for a check of the volume to end must not hold up the kernel's own requests. */
+static pthread_rwlock_t engine_lock = PTHREAD_RWLOCK_INITIALIZER; /* volume */
 static struct volume *volume;
 
 static pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t state_cond = PTHREAD_COND_INITIALIZER;
 static enum life_state state = LOCKED;
 static bool stopped;
+static unsigned locking_waiters;
+static int64_t failed_at; /* mono_ns of the last opening that failed, or 0 */
 
-#define SLICE_NS 50000000ll /* between looks at an interrupt */
+#define SLICE_NS        50000000ll /* between looks at an interrupt */
+#define LOCKING_WAITERS 4          /* of loop.c's 8 threads */
+#define RETRY_NS        1000000000ll /* a volume that does not open is not tried more often: each time its key comes along */
+
+/* state_lock held, engine_lock not: by who moves the state. */
+static void check_state(enum life_state from, enum life_state to)
+{
+    assert(state == from);
+    assert((from == LOCKED && to == OPENING) || (from == OPENING && (to == OPEN || to == LOCKED)) ||
+           (from == OPEN && to == LOCKING) || (from == LOCKING && to == LOCKED));
+    /* Between OPENING and OPEN, and LOCKING and LOCKED, only the mover touches it. */
+    assert((to == OPENING || to == LOCKED) == !volume);
+    (void)from;
+    (void)to;
+}
 
 /* --- entering --- */
 
@@ -79,6 +100,15 @@ void life_enter_any(struct volume **ret_volume)
     *ret_volume = volume;
 }
 
+/* state_lock held. */
+static void wait_slice(void)
+{
+    int64_t t = mono_ns() + SLICE_NS;
+    struct timespec ts = {t / 1000000000, t % 1000000000};
+
+    pthread_cond_clockwait(&state_cond, &state_lock, CLOCK_MONOTONIC, &ts);
+}
+
 /* Waits while the volume is opened or locked. 0, -EINTR, -EACCES after `end`. */
 static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
 {
@@ -86,20 +116,17 @@ static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
 
     pthread_mutex_lock(&state_lock);
     while (rc == 0 && (state == OPENING || state == LOCKING)) {
-        struct timespec ts;
+        bool locking = state == LOCKING;
 
-        if (mono_ns() > end)
+        if (mono_ns() > end || (locking && locking_waiters == LOCKING_WAITERS)) {
             rc = -EACCES;
-        else if (req && fuse_req_interrupted(req))
+        } else if (fuse_req_interrupted(req)) {
             rc = -EINTR;
-        clock_gettime(CLOCK_REALTIME, &ts);
-        ts.tv_nsec += SLICE_NS;
-        if (ts.tv_nsec >= 1000000000) {
-            ts.tv_sec++;
-            ts.tv_nsec -= 1000000000;
+        } else {
+            locking_waiters += locking;
+            wait_slice();
+            locking_waiters -= locking;
         }
-        if (rc == 0)
-            pthread_cond_timedwait(&state_cond, &state_lock, &ts);
     }
     *ret_open = state == OPEN;
     if (rc == 0 && stopped)
@@ -108,10 +135,11 @@ static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
     return rc;
 }
 
-static void set_state(enum life_state s)
+static void move(enum life_state from, enum life_state to)
 {
     pthread_mutex_lock(&state_lock);
-    state = s;
+    check_state(from, to);
+    state = to;
     pthread_cond_broadcast(&state_cond);
     pthread_mutex_unlock(&state_lock);
 }
@@ -161,24 +189,27 @@ static int open_volume(const struct key *key, const struct volume_params *params
     int rc;
 
     pthread_mutex_lock(&state_lock);
-    if (stopped || state != LOCKED) {
-        rc = stopped ? -EACCES : 0;
+    if (stopped || state != LOCKED || (failed_at && mono_ns() - failed_at < RETRY_NS)) {
+        rc = stopped ? -EACCES : state != LOCKED ? 0 : -EIO;
         pthread_mutex_unlock(&state_lock);
         return rc;
     }
+    check_state(LOCKED, OPENING);
     state = OPENING;
     pthread_mutex_unlock(&state_lock);
     rc = open_stores(key, params, &v);
     if (rc < 0) {
         log_err("volume %s: cannot be opened: %s", mount_config.name, strerror(-rc));
-        set_state(LOCKED);
+        failed_at = mono_ns(); /* read again only after the move */
+        move(OPENING, LOCKED);
         return -EIO;
     }
+    failed_at = 0;
     pthread_rwlock_wrlock(&engine_lock);
     take_references(v);
     volume = v;
     pthread_rwlock_unlock(&engine_lock);
-    set_state(OPEN);
+    move(OPENING, OPEN);
     return 0;
 }
 
@@ -308,11 +339,13 @@ int life_lock(struct fuse_session *se, bool notify)
         auth_end_all();
         return 0;
     }
+    check_state(OPEN, LOCKING);
     state = LOCKING;
     pthread_mutex_unlock(&state_lock);
     auth_end_all();
     if (notify) {
         invalidate_inodes(se, INODES_WRITTEN); /* writes dirty pages and waits for them */
+        invalidate_inodes(se, INODES_OPENED);
         invalidate_root_entries(se);
     }
     pthread_rwlock_wrlock(&engine_lock);
@@ -320,9 +353,12 @@ int life_lock(struct fuse_session *se, bool notify)
     volume = NULL;
     rc = volume_close(v);
     pthread_rwlock_unlock(&engine_lock);
-    if (notify)
+    if (notify) {
+        /* What was read meanwhile, and attributes. */
         invalidate_inodes(se, INODES_ALL);
-    set_state(LOCKED);
+        fuse_lowlevel_notify_inval_inode(se, VOLUME_ROOT_INO, 0, 0);
+    }
+    move(LOCKING, LOCKED);
     return rc;
 }
 

@@ -7,7 +7,8 @@
  *   life.c       the state of the volume: locked, opening, open, locking
  *   inodes.c     which inodes the kernel knows, which are open
  *   loop.c       reading requests from the device
- *   adapter.c    the FUSE operations
+ *   adapter.c    the FUSE operations, with adapter_attr.c and adapter_file.c
+ *   acl.c        POSIX ACLs, for the adapter
  *   sandbox.c    seccomp, Landlock
  *
  * Order of locks: engine_lock (life.c), state_lock (life.c), the locks of inodes.c, auth.c and channel.c. Nothing of
@@ -131,6 +132,8 @@ uint64_t inodes_forget(uint64_t ino, uint64_t n);
 /* It has pages in the kernel's cache from now on; write: one handle more that may write. */
 void inodes_opened(uint64_t ino, bool write);
 void inodes_closed(uint64_t ino, bool write);
+/* Is there a handle that may write? */
+bool inodes_written(uint64_t ino);
 enum inodes_which { INODES_WRITTEN, INODES_OPENED, INODES_ALL };
 /* A list of inodes (free it): open for writing, ever opened, all. *ret_refs (or NULL) gets their references. */
 size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_refs);

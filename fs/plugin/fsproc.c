@@ -29,6 +29,7 @@
 
 #define READY_MS        10000
 #define REFRESH_MIN_MS  500
+#define CLOSED_MS       1000 /* between the end of its channel and its own */
 #define DAMAGE_BURST    20 /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
 #define DAMAGE_PERIOD_MS 60000
 
@@ -367,7 +368,8 @@ static void *watch(void *arg)
             continue;
         if (f[2].revents && !take_message(p)) {
             channel = false;
-            if (!f[0].revents)
+            /* One that ends closes it first. */
+            if (spawn_wait_end(p->pidfd, CLOSED_MS) < 0)
                 log_err("volume %s: coffer-fs closed its control channel", p->name);
         }
         if (f[1].revents)

@@ -8,7 +8,9 @@
  *     a Mount hangs.
  *  3. Docker's client repeats a request whose connection broke with an empty body: that is an error where a name is needed,
  *     and nothing else happens.
- *  4. A client that hung up while its Mount was worked on will not Unmount: its count is taken back.
+ *  4. A client that hung up while its Mount was worked on will not Unmount: its count is taken back. One that hangs up as
+ *     soon as it has read the answer (Podman ends then) keeps it. libmicrohttpd's termination code cannot tell the two
+ *     apart, so the answer's last byte is handed over by itself: see give_answer().
  *  5. The engine's API is never called from here.
  */
 #include "http.h"
@@ -249,6 +251,7 @@ struct request {
     char *body;
     size_t n, cap;
     bool too_big;
+    bool delivered;                  /* the answer to Mount is with the client but for its last byte */
     char *mounted_name, *mounted_id; /* to be taken back if the answer does not arrive */
 };
 
@@ -292,15 +295,72 @@ static bool hung_up(int sock)
     return poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR));
 }
 
-static enum MHD_Result reply(struct MHD_Connection *c, unsigned status, char *text)
+/* A client that closed its end with the answer unread. */
+static bool left_unread(int sock)
 {
-    struct MHD_Response *r = MHD_create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_FREE);
+    int err = 0;
+    socklen_t len = sizeof(err);
+
+    return getsockopt(sock, SOL_SOCKET, SO_ERROR, &err, &len) == 0 && err == ECONNRESET;
+}
+
+/* The answer to a Mount on its way. */
+struct answer {
+    struct request *request;
+    char *text;
+    size_t n;
+};
+
+static void free_answer(void *ctx)
+{
+    struct answer *a = ctx;
+
+    free(a->text);
+    free(a);
+}
+
+/* Asked for the last byte, all others have been written to the socket, and nobody can have taken this for an answer yet. */
+static ssize_t give_answer(void *ctx, uint64_t pos, char *buf, size_t max)
+{
+    struct answer *a = ctx;
+    size_t n = pos + 1 < a->n ? a->n - 1 - (size_t)pos : 1;
+
+    if (pos >= a->n)
+        return MHD_CONTENT_READER_END_OF_STREAM;
+    if (pos + 1 == a->n)
+        a->request->delivered = true;
+    n = MIN(n, max);
+    memcpy(buf, a->text + pos, n);
+    return (ssize_t)n;
+}
+
+static struct MHD_Response *response_of_mount(struct request *r, char *text)
+{
+    struct answer *a = xcalloc(1, sizeof(*a));
+    struct MHD_Response *response;
+
+    *a = (struct answer){.request = r, .text = text, .n = strlen(text)};
+    response = MHD_create_response_from_callback(a->n, a->n, give_answer, a, free_answer);
+    if (!response)
+        free_answer(a);
+    return response;
+}
+
+static struct MHD_Response *response_of(char *text)
+{
+    struct MHD_Response *response = MHD_create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_FREE);
+
+    if (!response)
+        free(text);
+    return response;
+}
+
+static enum MHD_Result reply(struct MHD_Connection *c, unsigned status, struct MHD_Response *r)
+{
     enum MHD_Result done;
 
-    if (!r) {
-        free(text);
+    if (!r)
         return MHD_NO;
-    }
     MHD_add_response_header(r, MHD_HTTP_HEADER_CONTENT_TYPE, CONTENT_TYPE);
     done = MHD_queue_response(c, status, r);
     MHD_destroy_response(r);
@@ -343,7 +403,8 @@ static enum MHD_Result handle(void *ctx, struct MHD_Connection *conn, const char
         return MHD_YES;
     }
     if (r->too_big)
-        return reply(conn, MHD_HTTP_INTERNAL_SERVER_ERROR, xstrdup("{\"Err\":\"the request is larger than 1 MiB\"}"));
+        return reply(conn, MHD_HTTP_INTERNAL_SERVER_ERROR,
+                     response_of(xstrdup("{\"Err\":\"the request is larger than 1 MiB\"}")));
     info = MHD_get_connection_info(conn, MHD_CONNECTION_INFO_CONNECTION_FD);
     if (!info)
         return MHD_NO;
@@ -355,18 +416,18 @@ static enum MHD_Result handle(void *ctx, struct MHD_Connection *conn, const char
         free(text);
         return MHD_NO;
     }
-    return reply(conn, status, text);
+    return reply(conn, status, r->mounted_name ? response_of_mount(r, text) : response_of(text));
 }
 
 static void completed(void *ctx, struct MHD_Connection *conn, void **state, enum MHD_RequestTerminationCode how)
 {
+    const union MHD_ConnectionInfo *info = MHD_get_connection_info(conn, MHD_CONNECTION_INFO_CONNECTION_FD);
     struct request *r = *state;
 
     (void)ctx;
-    (void)conn;
     if (!r)
         return;
-    if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK)
+    if (!r->delivered || (how != MHD_REQUEST_TERMINATED_COMPLETED_OK && info && left_unread(info->connect_fd)))
         take_back(r);
     free(r->mounted_name);
     free(r->mounted_id);

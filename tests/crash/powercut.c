@@ -10,7 +10,8 @@
  *   3. nameless inodes are gone, and the check, which reads all content, finds nothing
  *   4. the volume works on: changes, close, open, check
  *   5. cut again at every write of that recovery, it comes to the same tree
- * In every fourth round `data` is so full that it grows under the workload. A fault round lets a write, sync or grow fail
+ * In every fourth round `data` is so full that it grows under the workload. In another it may not grow, so that what is freed
+ * is soon used again, and a second thread checkpoints and syncs all the time (then a seed does not say all). A fault round lets a write, sync or grow fail
  * instead, and looks that nothing is acknowledged that is not so, also when the volume is opened again while the page
  * cache still shows what a failed flush did not write.
  *
@@ -23,9 +24,12 @@
 
 #include <getopt.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <unistd.h>
 
 #define SIZE_LIMIT (96ull << 20)
+
+enum round_kind { ROUND_PLAIN, ROUND_GROWS, ROUND_TIGHT };
 
 static uint64_t arg_seed = 1, arg_ops = 150, arg_states = 4, arg_seconds = 60;
 static int64_t arg_cut = -1;
@@ -34,7 +38,7 @@ static bool arg_cuts = true, arg_faults = true;
 static struct key *volume_key;
 static const uint8_t volume_id[VOLUME_ID_BYTES] = "powercut-volume";
 static char repro[700] = "setup"; /* what is under way: for signals and failures */
-static uint64_t states, skipped, distinct, failures, opens, recoveries, recovery_cuts, grown;
+static uint64_t states, skipped, distinct, failures, opens, recoveries, recovery_cuts, grown, cuts, events;
 
 /* --- reporting --- */
 
@@ -114,10 +118,14 @@ static bool set_add(struct set *s, uint64_t x)
 
 struct mark {
     size_t start, end; /* events recorded before and after the operation */
-    bool synced;       /* it made itself and all before it durable */
     struct snap *snap; /* the tree after it */
     struct middle middle; /* what it may show between its transactions */
     char *text;
+};
+
+/* From event `at` on the state of `mark` is durable. */
+struct cover {
+    size_t mark, at;
 };
 
 struct round {
@@ -130,6 +138,14 @@ struct round {
     struct world w;
     struct mark *mark; /* mark[0]: before the first operation */
     size_t marks, marks_cap;
+    struct cover *cover;
+    size_t covers, covers_cap;
+    pthread_mutex_t mutex; /* covers */
+    pthread_mutex_t mount; /* w.v, against the second thread */
+    pthread_t thread;
+    atomic_size_t done; /* the last mark */
+    atomic_bool stop;
+    bool threaded, disturbed; /* the second thread runs, has run */
     uint32_t block;
     uint64_t root;   /* the directory that the model stands for */
     uint64_t beside; /* inodes beside it */
@@ -150,6 +166,17 @@ static int open_images(struct image *const image[2], struct recorder *rec, struc
                        volume_id, &o, ret_v);
 }
 
+static void round_cover(struct round *r, size_t mark)
+{
+    pthread_mutex_lock(&r->mutex);
+    if (r->covers == r->covers_cap) {
+        r->covers_cap = r->covers_cap ? 2 * r->covers_cap : 64;
+        r->cover = xrealloc(r->cover, r->covers_cap * sizeof(*r->cover));
+    }
+    r->cover[r->covers++] = (struct cover){mark, recorder_count(&r->rec)};
+    pthread_mutex_unlock(&r->mutex);
+}
+
 static void round_mark(struct round *r, size_t start, bool synced, const char *text)
 {
     if (r->marks == r->marks_cap) {
@@ -157,16 +184,58 @@ static void round_mark(struct round *r, size_t start, bool synced, const char *t
         r->mark = xrealloc(r->mark, r->marks_cap * sizeof(*r->mark));
     }
     r->mark[r->marks++] = (struct mark){.start = start,
-                                        .end = r->rec.n,
-                                        .synced = synced,
+                                        .end = recorder_count(&r->rec),
                                         .snap = snap_model(r->model),
                                         .middle = r->w.middle,
                                         .text = xstrdup(text)};
     r->w.middle = (struct middle){.kind = MIDDLE_NONE}; /* the mark's now */
+    atomic_store(&r->done, r->marks - 1);
+    if (synced)
+        round_cover(r, r->marks - 1);
 }
 
-/* Fills the first region but for a MiB or two with a file beside a directory for the workload, which becomes `root`. */
-static int round_fill(struct round *r, struct vattr *ret_root)
+/* The second thread. */
+static void *disturb(void *arg)
+{
+    struct round *r = arg;
+    struct rng rng = {hash_mix(r->seed, 4)};
+
+    while (!atomic_load(&r->stop)) {
+        size_t mark;
+        int rc;
+
+        usleep((useconds_t)rng_below(&rng, 500));
+        pthread_mutex_lock(&r->mount);
+        mark = atomic_load(&r->done);
+        rc = rng_chance(&rng, 2) ? volume_checkpoint(r->w.v) : vol_sync(r->w.v);
+        if (rc == 0)
+            round_cover(r, mark);
+        else
+            failed("checkpoint or sync beside the workload: %s", strerror(-rc));
+        pthread_mutex_unlock(&r->mount);
+    }
+    return NULL;
+}
+
+static void disturb_begin(struct round *r)
+{
+    r->rec.sync_us = 300;
+    atomic_store(&r->stop, false);
+    r->disturbed = r->threaded = pthread_create(&r->thread, NULL, disturb, r) == 0;
+}
+
+static void disturb_end(struct round *r)
+{
+    if (!r->threaded)
+        return;
+    atomic_store(&r->stop, true);
+    pthread_join(r->thread, NULL);
+    r->threaded = false;
+    r->rec.sync_us = 0;
+}
+
+/* Fills the first region, but for what is kept and `left` bytes, with a file beside a directory for the workload. */
+static int round_fill(struct round *r, uint64_t left, struct vattr *ret_root)
 {
     struct volume *v = NULL;
     struct volume_stat st;
@@ -178,12 +247,11 @@ static int round_fill(struct round *r, struct vattr *ret_root)
         rc = vol_mknod(v, VOLUME_ROOT_INO, "w", S_IFDIR | 0755, 0, 0, 0, ret_root);
     if (rc == 0)
         rc = vol_mknod(v, VOLUME_ROOT_INO, "filler", S_IFREG | 0600, 0, 0, 0, &a);
-    for (uint64_t off = 0; rc == 0; off += 1 << 20) {
-        /* The reserve is kept in the first region: beyond that it grows. */
+    for (uint64_t off = 0; rc == 0; off += 1 << 18) {
         volume_stat(v, &st);
-        if (st.used + (9ull << 20) > REGION_BYTES)
+        if (st.used + left > REGION_BYTES)
             break;
-        rc = vol_write(v, a.ino, off, buf, 1 << 20) == 1 << 20 ? 0 : -ENOSPC;
+        rc = vol_write(v, a.ino, off, buf, 1 << 18) == 1 << 18 ? 0 : -ENOSPC;
     }
     if (rc == 0)
         rc = volume_close(v);
@@ -195,8 +263,8 @@ static int round_fill(struct round *r, struct vattr *ret_root)
     return rc;
 }
 
-/* Makes the fresh volume and opens it. full: `data` must grow soon. */
-static bool round_begin(struct round *r, uint64_t seed, bool full)
+/* Makes the fresh volume and opens it. */
+static bool round_begin(struct round *r, uint64_t seed, enum round_kind kind)
 {
     struct vattr root = {.ino = VOLUME_ROOT_INO, .mode = S_IFDIR | 0755};
     static const uint32_t blocks[] = {4096, 4096, 8192, 16384};
@@ -209,7 +277,11 @@ static bool round_begin(struct round *r, uint64_t seed, bool full)
     r->seed = seed;
     r->block = blocks[seed % ARRAY_LEN(blocks)];
     pthread_mutex_init(&r->rec.mutex, NULL);
+    pthread_mutex_init(&r->mutex, NULL);
+    pthread_mutex_init(&r->mount, NULL);
     memcpy(p.id, volume_id, sizeof(p.id));
+    if (kind == ROUND_TIGHT)
+        p.size_limit = REGION_BYTES;
     p.block_size = r->block;
     for (int s = 0; s < 2; s++)
         r->base[s] = image_new(NULL);
@@ -218,10 +290,11 @@ static bool round_begin(struct round *r, uint64_t seed, bool full)
     rc = volume_format(data, log, volume_key, &p);
     data->ops->close(data);
     log->ops->close(log);
-    if (rc == 0 && full)
-        rc = round_fill(r, &root);
+    /* Reserves are 6 and 4 MiB and a quarter more. */
+    if (rc == 0 && kind != ROUND_PLAIN)
+        rc = round_fill(r, kind == ROUND_GROWS ? 8ull << 20 : 7ull << 20, &root);
     r->root = root.ino;
-    r->beside = full ? 2 : 0;
+    r->beside = kind == ROUND_PLAIN ? 0 : 2;
     for (int s = 0; s < 2; s++)
         r->live[s] = image_new(r->base[s]);
     if (rc == 0)
@@ -234,11 +307,11 @@ static bool round_begin(struct round *r, uint64_t seed, bool full)
     world_init(&r->w, v, r->model, seed);
     r->w.middles = true;
     r->w.block = r->block;
-    r->w.size_limit = SIZE_LIMIT;
+    r->w.size_limit = p.size_limit;
     r->w.max_pages = 200 + rng_below(&r->w.rng, 400);
     r->w.max_file = 300 << 10;
     r->w.max_inodes = 40 + rng_below(&r->w.rng, 60);
-    if (full)
+    if (kind == ROUND_GROWS)
         r->w.max_pages += 1500;
     world_adopt(&r->w, r->model->root);
     round_mark(r, 0, true, "start");
@@ -247,6 +320,7 @@ static bool round_begin(struct round *r, uint64_t seed, bool full)
 
 static void round_end(struct round *r)
 {
+    disturb_end(r);
     if (r->w.v)
         volume_abandon(r->w.v);
     for (size_t k = 0; k < r->marks; k++) {
@@ -255,6 +329,7 @@ static void round_end(struct round *r)
         free(r->mark[k].text);
     }
     free(r->mark);
+    free(r->cover);
     recorder_reset(&r->rec);
     free(r->rec.ev);
     for (int s = 0; s < 2; s++) {
@@ -265,10 +340,9 @@ static void round_end(struct round *r)
     world_free(&r->w);
 }
 
-/* Ends the mount, by death or in good order, and opens it again. */
-static bool round_reopen(struct round *r, bool die)
+static bool round_reopen_held(struct round *r, bool die)
 {
-    size_t start = r->rec.n;
+    size_t start = recorder_count(&r->rec);
     char damage[300] = "";
     int rc = 0;
 
@@ -284,7 +358,7 @@ static bool round_reopen(struct round *r, bool die)
     }
     if (!die)
         round_mark(r, start, true, "close");
-    start = r->rec.n;
+    start = recorder_count(&r->rec);
     rc = open_images(r->live, &r->rec, &r->faults, damage, &r->w.v);
     round_mark(r, start, false, die ? "reopen after death" : "reopen");
     if (rc < 0 || damage[0]) {
@@ -295,10 +369,21 @@ static bool round_reopen(struct round *r, bool die)
     return true;
 }
 
+/* Ends the mount, by death or in good order, and opens it again. */
+static bool round_reopen(struct round *r, bool die)
+{
+    bool ok;
+
+    pthread_mutex_lock(&r->mount);
+    ok = round_reopen_held(r, die);
+    pthread_mutex_unlock(&r->mount);
+    return ok;
+}
+
 static bool round_run(struct round *r)
 {
     for (uint64_t n = 0; n < arg_ops; n++) {
-        size_t start = r->rec.n;
+        size_t start = recorder_count(&r->rec);
         uint64_t dice = rng_below(&r->w.rng, 160);
 
         snprintf(repro, sizeof(repro), "--seed %llu --ops %llu (workload, op %llu)", (unsigned long long)r->seed,
@@ -401,10 +486,11 @@ static void works_on(struct round *r, struct image *const image[2], struct volum
     world_init(&w, v, m, rng_u64(rng));
     w.block = r->block;
     world_adopt(&w, m->root);
-    for (int k = 0; k < 25 && !w.fail[0]; k++)
+    /* A few, too, so that records of before the cut still stand behind the new ones in the log. */
+    for (uint64_t k = rng_chance(rng, 2) ? 25 : rng_below(rng, 4); k > 0 && !w.fail[0]; k--)
         world_step(&w, true);
     model_forget_all(m);
-    if (!w.fail[0] && rng_chance(rng, 2))
+    if (!w.fail[0] && rng_chance(rng, 3))
         rc = volume_close(v);
     else
         volume_abandon(v);
@@ -538,7 +624,7 @@ static void check_state(struct round *r, struct image *const image[2], size_t fr
     if (damage[0])
         failed("damage reported: %s", damage);
     if (failures == before && inodes_match(v, s, r->beside) && check_clean(v, !r->beside, "after recovery") &&
-        rng_chance(rng, 5))
+        rng_chance(rng, r->disturbed ? 2 : 5))
         works_on(r, image, v, rng);
     else
         volume_abandon(v);
@@ -553,8 +639,11 @@ static void cut_range(const struct round *r, size_t cut, bool death_only, size_t
 {
     size_t from = 0, to = 0;
 
+    for (size_t k = 0; k < r->covers; k++)
+        if (r->cover[k].at <= cut)
+            from = MAX(from, r->cover[k].mark);
     for (size_t k = 0; k < r->marks; k++) {
-        if (r->mark[k].end <= cut && (r->mark[k].synced || death_only))
+        if (r->mark[k].end <= cut && death_only)
             from = k;
         if (r->mark[k].start < cut || r->mark[k].end <= cut)
             to = k;
@@ -592,25 +681,27 @@ static void cut_at(struct round *r, struct crash *c, size_t cut, struct set *see
     }
 }
 
-/* Cuts at every event of the recording. */
+/* Cuts at every event of the recording: in several passes, so that a deadline leaves cuts from all of it done. */
 static void round_cuts(struct round *r, struct set *ever, int64_t deadline)
 {
-    struct crash c = {.rec = &r->rec};
+    static const unsigned passes[] = {0, 4, 2, 6, 1, 5, 3, 7};
     struct set seen = {0};
     size_t events = r->rec.n;
 
-    for (int s = 0; s < 2; s++)
-        c.durable[s] = image_new(r->base[s]);
-    for (size_t cut = 0; cut <= events && failures < 20; cut++) {
-        if (arg_cut < 0 && mono_ns() > deadline)
-            break;
-        crash_advance(&c, cut);
-        c.rng.s = hash_mix(r->seed, cut);
-        if (arg_cut < 0 || (size_t)arg_cut == cut)
-            cut_at(r, &c, cut, &seen, ever);
+    for (size_t p = 0; p < ARRAY_LEN(passes); p++) {
+        struct crash c = {.rec = &r->rec, .durable = {image_new(r->base[0]), image_new(r->base[1])}};
+
+        for (size_t cut = passes[p]; cut <= events && failures < 20; cut += ARRAY_LEN(passes)) {
+            if (arg_cut < 0 && mono_ns() > deadline)
+                break;
+            crash_advance(&c, cut);
+            c.rng.s = hash_mix(r->seed, cut);
+            cuts++;
+            if (arg_cut < 0 || (size_t)arg_cut == cut)
+                cut_at(r, &c, cut, &seen, ever);
+        }
+        images_free(c.durable);
     }
-    for (int s = 0; s < 2; s++)
-        image_free(c.durable[s]);
     free(seen.slot);
 }
 
@@ -925,18 +1016,18 @@ int main(int argc, char **argv)
         struct round r;
 
         alarm(120);
-        if (round_begin(&r, arg_seed, false))
+        if (round_begin(&r, arg_seed, ROUND_PLAIN))
             round_full(&r);
         round_end(&r);
     }
     for (uint64_t seed = arg_seed; failures < 20; seed++) {
-        bool fault = arg_faults && (!arg_cuts || seed % 2 == 0);
+        bool fault = arg_faults;
         struct round r;
 
-        /* In mode both, an even seed stands for ten fault rounds and then its cuts. */
+        /* In mode both, a seed stands for ten fault rounds and then its cuts, which get a fifth of the time at most. */
         for (unsigned k = 0; fault && k < 10; k++) {
             alarm(120);
-            if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed, false))
+            if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed, ROUND_PLAIN))
                 round_fault(&r, &ever);
             round_end(&r);
             fault_rounds++;
@@ -945,9 +1036,17 @@ int main(int argc, char **argv)
         }
         if (arg_cuts) {
             alarm(120);
-            if (round_begin(&r, seed, seed % 4 == 1) && round_run(&r)) {
+            static const enum round_kind kinds[] = {ROUND_PLAIN, ROUND_GROWS, ROUND_TIGHT, ROUND_PLAIN};
+            bool ok = round_begin(&r, seed, kinds[seed % 4]);
+
+            if (ok && seed % 4 == 2)
+                disturb_begin(&r);
+            ok = ok && round_run(&r);
+            disturb_end(&r);
+            if (ok) {
                 grown += r.live[0]->size > REGION_BYTES;
-                round_cuts(&r, &ever, deadline);
+                events += r.rec.n + 1;
+                round_cuts(&r, &ever, MIN(deadline, mono_ns() + (int64_t)arg_seconds * 200000000));
             }
             round_end(&r);
             rounds++;
@@ -959,7 +1058,8 @@ int main(int argc, char **argv)
     printf("powercut: %llu rounds, %llu fault rounds, %llu opens, %llu repeated states left out\n",
            (unsigned long long)rounds, (unsigned long long)fault_rounds, (unsigned long long)opens,
            (unsigned long long)skipped);
-    printf("%llu rounds in which data grew; %llu recoveries cut, in %llu states\n", (unsigned long long)grown,
+    printf("%llu of %llu prefixes cut; %llu rounds in which data grew; %llu recoveries cut, in %llu states\n",
+           (unsigned long long)cuts, (unsigned long long)events, (unsigned long long)grown,
            (unsigned long long)recoveries, (unsigned long long)recovery_cuts);
     printf("states %llu, distinct %llu, failures %llu\n", (unsigned long long)states, (unsigned long long)distinct,
            (unsigned long long)failures);

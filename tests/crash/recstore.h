@@ -18,6 +18,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #define UNUSED __attribute__((unused))
 
@@ -252,12 +253,14 @@ struct event {
     uint8_t store; /* 0 data, 1 log */
     bool lossy;    /* failed, or pending at a failed sync: no later sync makes it durable */
     bool failed;   /* a sync that failed */
+    size_t upto;   /* of a sync: it made events below this durable */
     uint64_t off, len;
     uint8_t *bytes; /* of a write */
 };
 
 struct recorder {
     pthread_mutex_t mutex;
+    unsigned sync_us; /* how long a sync takes, so that other threads come between */
     struct event *ev;
     size_t n, cap;
 };
@@ -294,6 +297,17 @@ static bool faults_hit(struct faults *f, enum fault_kind kind)
         return true;
     }
     return false;
+}
+
+/* Events so far. */
+UNUSED static size_t recorder_count(struct recorder *r)
+{
+    size_t n;
+
+    pthread_mutex_lock(&r->mutex);
+    n = r->n;
+    pthread_mutex_unlock(&r->mutex);
+    return n;
 }
 
 /* Takes bytes. A failed sync makes what is pending lossy. */
@@ -374,8 +388,14 @@ static int mstore_sync(struct store *s)
 {
     struct mstore *ms = (struct mstore *)s;
     bool fail = faults_hit(ms->faults, FAULT_SYNC);
+    struct event ev = {.kind = EVENT_SYNC, .store = ms->id, .failed = fail, .upto = SIZE_MAX};
 
-    recorder_add(ms->rec, (struct event){.kind = EVENT_SYNC, .store = ms->id, .failed = fail});
+    if (ms->rec && ms->rec->sync_us) {
+        /* What is written while it is under way is not in it. */
+        ev.upto = recorder_count(ms->rec);
+        usleep(ms->rec->sync_us);
+    }
+    recorder_add(ms->rec, ev);
     return fail ? -ms->faults->err : 0;
 }
 
@@ -525,13 +545,11 @@ static uint64_t crash_apply(struct image *m, const struct event *e, size_t index
 UNUSED static void crash_advance(struct crash *c, size_t cut)
 {
     for (unsigned s = 0; s < 2; s++) {
-        size_t last = SIZE_MAX;
+        size_t last = c->upto[s];
 
         for (size_t i = c->upto[s]; i < cut; i++)
             if (c->rec->ev[i].store == s && c->rec->ev[i].kind == EVENT_SYNC && !c->rec->ev[i].failed)
-                last = i;
-        if (last == SIZE_MAX)
-            continue;
+                last = MAX(last, MIN(i, c->rec->ev[i].upto));
         for (size_t i = c->upto[s]; i < last; i++) {
             const struct event *e = &c->rec->ev[i];
 
@@ -540,7 +558,7 @@ UNUSED static void crash_advance(struct crash *c, size_t cut)
             if (!e->lossy || rng_chance(&c->rng, 3))
                 crash_apply(c->durable[s], e, i, e->lossy, &c->rng);
         }
-        c->upto[s] = last + 1;
+        c->upto[s] = last;
     }
 }
 

@@ -31,7 +31,7 @@ done
 # The volumes lie on a small filesystem, which can be filled.
 mkdir -p "$T/c/volumes"
 chmod 700 "$T/c"
-mount -t tmpfs -o size=160m,mode=700 tmpfs "$T/c/volumes"
+mount -t tmpfs -o size=320m,mode=700 tmpfs "$T/c/volumes"
 cofferd_start
 one_line 1 'init' coffer unlock <<<"$PASSPHRASE"
 one_line 1 'init|keystore' coffer volume create early

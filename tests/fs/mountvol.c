@@ -110,6 +110,17 @@ static int open_backing(const char *name, int flags)
     return fd;
 }
 
+/* Two servers would destroy the volume. The lock is the open file's, so it lasts as long as the server has it, too. */
+static int open_log(void)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = open_backing("log", 0);
+
+    if (fcntl(fd, F_OFD_SETLK, &lock) < 0)
+        die("%s is in use", arg.dir);
+    return fd;
+}
+
 static void make_key(void)
 {
     char key[2 * KEY_BYTES + 1], id[2 * VOLUME_ID_BYTES + 1];
@@ -219,7 +230,7 @@ __attribute__((noreturn)) static void exec_server(int exe, const int fds[5], cha
     _exit(127);
 }
 
-static void start_server(void)
+static void start_server(int log_fd)
 {
     char *argv[7] = {"coffer-fs", "serve", "mountvol"};
     int control[2], agent[2], n = 3, exe = open(arg.server, O_PATH | O_CLOEXEC);
@@ -235,7 +246,7 @@ static void start_server(void)
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) ||
         socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, agent))
         die("socketpair: %s", strerror(errno));
-    int fds[5] = {control[1], agent[1], open_backing("data", 0), open_backing("log", 0), fuse_fd};
+    int fds[5] = {control[1], agent[1], open_backing("data", 0), log_fd, fuse_fd};
 
     server = fork();
     if (server < 0)
@@ -541,7 +552,7 @@ static char *beside(void)
 
 int main(int argc, char **argv)
 {
-    int signals, rc;
+    int signals, log_fd, rc;
 
     log_program = "mountvol";
     if (parse(argc, argv) < 0)
@@ -557,7 +568,8 @@ int main(int argc, char **argv)
         load_key();
     new_grant();
     signals = block_signals();
+    log_fd = open_log();
     mount_fuse();
-    start_server();
+    start_server(log_fd);
     return serve(signals);
 }

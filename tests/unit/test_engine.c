@@ -42,6 +42,7 @@ struct fixture {
     atomic_uint supers;
     sem_t entered, go_on;
     uint64_t last_off; /* of the last write to data */
+    int log_writes;    /* that succeed before they fail; below 0: all do */
 };
 
 struct hooked {
@@ -526,6 +527,150 @@ static void test_recovery_with_damage(void **state)
     assert_true(read_only > 0);
 }
 
+static int hold_first_sync(struct fixture *f, enum event_kind kind, int store, uint64_t off, uint64_t len)
+{
+    (void)off, (void)len;
+    if (store == 0 && kind == EVENT_SYNC && atomic_exchange(&f->armed, false)) {
+        sem_post(&f->entered);
+        sem_wait(&f->go_on);
+    }
+    return 0;
+}
+
+/*
+ * Records a, b and c are written while a checkpoint is under way, then the power is cut, and a is lost: all three are
+ * dropped. b and c still stand in the log behind the place where the next record goes, with the sequence numbers that would
+ * follow it: they must never be believed again.
+ */
+static void test_stale_records(void **state)
+{
+    struct fixture *f = *state;
+    struct job checkpoint = {.f = f};
+    struct image *live[2] = {f->image[0], f->image[1]};
+    struct volume *v = f->v;
+    struct volume_stat st;
+
+    assert_int_equal(make(f, "before", NULL, 0, NULL), 0);
+    f->hook = hold_first_sync;
+    f->armed = true;
+    start(&checkpoint);
+    sem_wait(&f->entered);
+    assert_int_equal(make(f, "a", NULL, 0, NULL), 0);
+    assert_int_equal(make(f, "b", NULL, 0, NULL), 0);
+    assert_int_equal(make(f, "c", NULL, 0, NULL), 0);
+    volume_stat(v, &st);
+    f->hook = NULL;
+    f->image[0] = image_copy(live[0]);
+    f->image[1] = image_copy(live[1]);
+    image_write(f->image[1], st.generation % 2 * (256 << 10), NULL, SECTOR_BYTES);
+    assert_int_equal(try_open(f), 0);
+    assert_true(exists(f, "before"));
+    assert_false(exists(f, "a"));
+    assert_false(exists(f, "b"));
+    assert_int_equal(make(f, "x", NULL, 0, NULL), 0);
+    reopen(f);
+    assert_int_equal(f->damage, 0);
+    assert_true(exists(f, "before"));
+    assert_true(exists(f, "x"));
+    assert_false(exists(f, "b"));
+    assert_false(exists(f, "c"));
+    check_clean(f);
+    volume_abandon(f->v);
+    for (int s = 0; s < 2; s++) {
+        image_free(f->image[s]);
+        f->image[s] = live[s];
+    }
+    f->v = v;
+    sem_post(&f->go_on);
+    pthread_join(checkpoint.thread, NULL);
+}
+
+static int fail_log_writes(struct fixture *f, enum event_kind kind, int store, uint64_t off, uint64_t len)
+{
+    (void)off, (void)len;
+    if (store == 1 && kind == EVENT_WRITE && f->log_writes >= 0 && f->log_writes-- <= 0) {
+        f->log_writes = 0;
+        return -EIO;
+    }
+    return 0;
+}
+
+/* A truncation, and the end of a file, of many ranges take several transactions: wherever they are cut off, recovery brings
+ * them to their end. */
+static void test_long_truncation(void **state)
+{
+    static const uint8_t block[4096] = {9};
+    struct fixture *f = *state;
+    struct vattr a, in = {.size = 5000};
+    struct volume_stat st;
+    unsigned shrunk = 0, gone = 0;
+
+    for (int n = 0; n < 12; n++) {
+        bool unlink = n % 2;
+        uint64_t ino = 0;
+        int rc;
+
+        assert_int_equal(make(f, "file", NULL, 0, &ino), 0);
+        for (unsigned k = 0; k < 400; k++)
+            assert_int_equal(vol_write(f->v, ino, k * 2 * 4096, block, sizeof(block)), sizeof(block));
+        assert_int_equal(volume_checkpoint(f->v), 0);
+        f->hook = fail_log_writes;
+        f->log_writes = n / 2;
+        rc = unlink ? vol_unlink(f->v, ROOT, "file") : vol_setattr(f->v, ino, VOL_SET_SIZE, &in, &a);
+        assert_true(rc == -EIO || n / 2 > 0);
+        f->hook = NULL;
+        f->log_writes = -1;
+        reopen(f);
+        assert_int_equal(f->damage, 0);
+        check_clean(f);
+        if (vol_lookup(f->v, ROOT, "file", &a) == 0) {
+            vol_forget(f->v, a.ino, 1);
+            assert_true(a.size == 5000 || a.size == 799 * 4096);
+            assert_int_equal(a.blocks, a.size == 5000 ? 8 : 400 * 8);
+            shrunk += a.size == 5000;
+            assert_int_equal(vol_unlink(f->v, ROOT, "file"), 0);
+        } else {
+            gone++;
+        }
+        assert_int_equal(volume_checkpoint(f->v), 0);
+        volume_stat(f->v, &st);
+        assert_int_equal(st.inodes, 1);
+        assert_true(st.used < 1 << 20);
+    }
+    assert_int_equal(shrunk, 5);
+    assert_int_equal(gone, 5);
+}
+
+/* A write past the first block of a file that is kept in its item first makes blocks of what is there: that shows nothing
+ * when the write itself is cut off. */
+static void test_conversion_is_quiet(void **state)
+{
+    static const uint8_t buf[4096] = {5};
+    struct fixture *f = *state;
+    struct vattr before, after;
+    uint64_t ino = 0;
+
+    assert_int_equal(make(f, "file", buf, 700, &ino), 0);
+    assert_int_equal(vol_getattr(f->v, ino, &before), 0);
+    usleep(2000);
+    f->hook = fail_log_writes;
+    f->log_writes = 1;
+    assert_int_equal(vol_write(f->v, ino, 8192, buf, sizeof(buf)), -EIO);
+    f->hook = NULL;
+    f->log_writes = -1;
+    reopen(f);
+    assert_int_equal(vol_getattr(f->v, ino, &after), 0);
+    assert_int_equal(after.blocks, 8);
+    /* Field by field: the struct has padding. */
+    assert_int_equal(after.ino, before.ino);
+    assert_int_equal(after.mode, before.mode);
+    assert_int_equal(after.nlink, before.nlink);
+    assert_int_equal(after.size, before.size);
+    assert_true(after.atime == before.atime && after.btime == before.btime);
+    assert_true(after.mtime == before.mtime && after.ctime == before.ctime);
+    check_clean(f);
+}
+
 static int note_data_write(struct fixture *f, enum event_kind kind, int store, uint64_t off, uint64_t len)
 {
     /* Not what a checkpoint writes. */
@@ -609,6 +754,9 @@ int main(void)
         TEST(test_room_is_coming),
         TEST(test_fallocate_room),
         TEST(test_recovery_with_damage),
+        TEST(test_stale_records),
+        TEST(test_long_truncation),
+        TEST(test_conversion_is_quiet),
         TEST(test_synced_then_damaged),
         TEST(test_link_of_orphan),
     };

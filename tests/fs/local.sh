@@ -1,0 +1,157 @@
+#!/bin/bash
+# coffer without a container engine: what the commands say and do, mounting in several places, rules by uid, locking
+# under a mount, busy mounts, restarts. (Errors in one line: tests/docker/errors.sh.)
+source "$(dirname "$0")/../docker/lib.sh"
+fixture none
+chmod 711 "$T"
+mkdir "$T/a" "$T/b" "$T/full"
+touch "$T/full/x" "$T/file"
+nobody() { setpriv --reuid 65534 --regid 65534 --clear-groups "$@"; }
+# field KEY COMMAND...: a member of what --json prints, found at any depth.
+field() {
+    local key=$1
+    shift
+    coffer "$@" --json | python3 -c '
+import json, sys
+def find(o):
+    if isinstance(o, dict):
+        if sys.argv[1] in o: return o[sys.argv[1]]
+        o = list(o.values())
+    for x in o if isinstance(o, list) else []:
+        r = find(x)
+        if r is not None: return r
+print(json.dumps(find(json.load(sys.stdin))).strip("\""))' "$key"
+}
+is() { expect "$1" "$(field "${@:2}")" "${*:3}: $2"; }
+
+step "what a person sees"
+coffer status | grep -q '^keystore  unlocked' || fail "status: $(coffer status)"
+coffer up | grep -q 'already running' || fail "up, a second time"
+coffer volume create v --size 256M --allow uid:0 --mode 0755 >/dev/null
+coffer volume ls | grep -q '^v  *256M .* new\|^v  *256M .*fresh.* this host$' || fail "ls: $(coffer volume ls)"
+is v name volume inspect v
+is 268435456 size volume inspect v
+is fresh state volume inspect v
+is false mounted volume inspect v
+is false attached volume inspect v
+coffer policy show v | grep -qx 'allow uid:0' || fail "policy show: $(coffer policy show v)"
+[ -z "$(coffer volume rm v 2>&1 >/dev/null)" ] || fail "volume rm says something on stderr"
+expect '{"volumes":[]}' "$(coffer volume ls --json)" "an empty list"
+(cd "$T" && COFFER_ROOT=c "$BUILD/coffer" status >/dev/null && "$BUILD/coffer" --root=c/ volume ls >/dev/null) || fail "a relative root"
+one_line 1 'root' nobody "$BUILD/coffer" --root "$T/c" status
+for c in "" "volume create" mount audit; do
+    # shellcheck disable=SC2086
+    coffer $c --help | grep -q '^usage: coffer' || fail "$c --help"
+done
+
+step "mounting, in two places"
+coffer volume create v --size 256M --allow uid:0 >/dev/null
+one_line 1 'not empty' coffer mount v "$T/full"
+one_line 1 'Not a directory' coffer mount v "$T/file"
+one_line 1 'no volume is mounted' coffer umount "$T/a"
+coffer mount v "$T/a" | grep -q "^v is mounted at $T/a" || fail "mount"
+one_line 1 'mount already' coffer mount v "$T/a"
+(cd "$T" && coffer mount v b >/dev/null) || fail "mount at a relative path"
+is 2 holders volume inspect v
+is true mounted volume inspect v
+is 1 mounted status
+head -c 3000000 /dev/urandom >"$T/data"
+cp "$T/data" "$T/a/data" && touch -d '2001-02-03 04:05:06.789' "$T/a/data" && mkdir "$T/a/dir" && ln "$T/a/data" "$T/a/dir/hard"
+cmp "$T/data" "$T/b/dir/hard" || fail "the other place shows something else"
+is true unlocked volume inspect v
+one_line 1 'in use' coffer volume rm v
+coffer volume check v | grep -q '^v: clean' || fail "check of a mounted volume"
+coffer umount "$T/a" >/dev/null
+mountpoint -q "$T/a" && fail "$T/a is still mounted"
+cmp "$T/data" "$T/b/data" || fail "the second place went with the first"
+exec 7<"$T/b/data"
+one_line 1 'busy' coffer umount "$T/b"
+exec 7<&-
+coffer umount "$T/b/" >/dev/null
+is 0 holders volume inspect v
+[ -z "$(server_pid v)" ] || fail "coffer-fs lives on"
+coffer volume check v --data >/dev/null || fail "check"
+coffer mount v "$T/a" >/dev/null
+cmp "$T/data" "$T/a/dir/hard" || fail "after a new mount"
+expect "2001-02-03 04:05:06.789000000 2" "$(stat -c '%y %h' "$T/a/data" | sed 's/ [+-][0-9]* / /')" "time and links"
+
+step "rules by uid"
+chmod 755 "$T/a"
+chmod 666 "$T/a/data"
+refused 'permission denied' nobody cat "$T/a/data"
+refused 'permission denied' nobody ls "$T/a"
+audited '65534' "the refusal of nobody"
+coffer why v --pid $$ | grep -q '^allowed' || fail "why: $(coffer why v --pid $$)"
+setpriv --reuid 65534 --clear-groups sleep 100 >/dev/null &
+is_nobody() { [ "$(awk '/^Uid/{print $2}' "/proc/$!/status")" = 65534 ]; }
+wait_for 5 is_nobody
+coffer why v --pid $! | grep -q '^refused.*uid' || fail "why nobody: $(coffer why v --pid $!)"
+kill $!
+coffer policy allow v uid:65534,ro >/dev/null
+cmp "$T/data" <(nobody cat "$T/a/data") || fail "nobody cannot read under its rule"
+refused 'read-only|permission denied' nobody dd if=/dev/zero of="$T/a/data" conv=notrunc count=1 status=none
+coffer policy deny v uid:65534 >/dev/null
+refused 'permission denied' nobody cat "$T/a/data"
+coffer policy remove v deny uid:65534 >/dev/null
+coffer policy remove v allow uid:65534,ro >/dev/null
+refused 'permission denied' nobody cat "$T/a/data"
+one_line 1 'no such|not' coffer policy remove v allow uid:65534,ro
+
+step "locking under a mount"
+echo "written before" >"$T/a/before"
+exec 8<"$T/a/before"
+coffer lock >/dev/null
+is false unlocked status
+cat "$T/a/before" >"$T/out" 2>&1 && fail "a locked volume is read"
+ls "$T/a" >"$T/out" 2>&1 && fail "a locked volume is listed"
+touch "$T/a/new" 2>/dev/null && fail "a locked volume is written"
+cat <&8 >"$T/out" 2>&1 && fail "an open file of a locked volume is read"
+mountpoint -q "$T/a" || fail "locking has unmounted it"
+coffer unlock --key-file "$T/key" >/dev/null
+expect "written before" "$(cat "$T/a/before")" "after unlock"
+[ ! -e "$T/a/new" ] || fail "a refused write was done"
+exec 8<&-
+
+step "down and up"
+one_line 1 'busy' coffer down
+coffer down --force >/dev/null || fail "down --force"
+mountpoint -q "$T/a" && fail "down left a mount"
+pgrep -f "$T/c" >/dev/null && fail "down left a process: $(pgrep -af "$T/c")"
+coffer down | grep -q 'not running' || fail "down, a second time"
+cofferd_start
+is false unlocked status
+one_line 1 'coffer unlock' coffer mount v "$T/a"
+coffer unlock --key-file "$T/key" >/dev/null
+coffer mount v "$T/a" >/dev/null
+cmp "$T/data" "$T/a/data" || fail "after down and up"
+coffer umount "$T/a" >/dev/null
+
+step "many volumes"
+for i in $(seq 12); do
+    coffer volume create "many$i" --size 64M --allow uid:0 >/dev/null
+    mkdir "$T/m$i"
+    coffer mount "many$i" "$T/m$i" >/dev/null
+    echo "$i" >"$T/m$i/number"
+done
+is 12 mounted status
+sleep 1
+most=0
+for i in $(seq 12); do
+    expect "$i" "$(cat "$T/m$i/number")" "volume many$i"
+    kb=$(awk '/^VmRSS/{print $2}' "/proc/$(server_pid "many$i")/status")
+    if [ "$kb" -gt $most ]; then most=$kb; fi
+done
+step "the largest coffer-fs has $((most / 1024)) MiB resident"
+[ $most -lt 65536 ] || fail "an idle volume takes $most KiB"
+for i in $(seq 12); do coffer umount "$T/m$i" >/dev/null && coffer volume rm "many$i" >/dev/null || fail "umount and rm many$i"; done
+
+step "the audit log"
+coffer audit >"$T/out"
+for word in release refus mount umount policy unlock lock; do grep -q "$word" "$T/out" || fail "coffer audit shows no $word"; done
+expect 0 "$(coffer audit --since 2100-01-01 | wc -l)" "records of the next century"
+[ "$(coffer audit --since 1h | wc -l)" = "$(wc -l <"$T/out")" ] || fail "--since 1h"
+coffer audit --json | python3 -c 'import json, sys; [json.loads(l) for l in sys.stdin]' || fail "audit --json is not JSON lines"
+coffer audit verify >/dev/null || fail "audit verify"
+coffer volume rm v >/dev/null
+[ -z "$(ls -A "$T/c/volumes")" ] || fail "files of removed volumes are left"
+coffer down >/dev/null || fail "down"
