@@ -3,6 +3,8 @@
 # Variables: BUILD (directory, default build), CC, SAN (address,undefined or thread), WERROR (default -Werror).
 
 BUILD   ?= build
+# One name for the directory, however it is given: the dependency files hold it.
+override BUILD := $(abspath $(BUILD))
 CC      ?= gcc
 SAN     ?=
 WERROR  ?= -Werror
