@@ -220,25 +220,21 @@ static int look_for(struct volume *v, struct record *r, unsigned index, size_t o
     return extent_readable(v, e) ? 0 : -EBADMSG;
 }
 
-/*
- * Cuts the row before the first record that brings an extent which never reached the disk. What was known to be durable
- * stays: `data_flushed` says so of extents in `data`, `flushed` of those in a payload.
- */
+/* Cuts the row before the first record that brings an extent which never reached the disk. What was known to have done so
+ * stays, and is damage. */
 static size_t cut_unreadable(struct volume *v, struct row *row, size_t n)
 {
-    uint64_t data_flushed = le64_get(v->super.sequence), flushed = data_flushed;
+    uint64_t data_flushed = le64_get(v->super.sequence);
 
-    for (size_t i = 0; i < row->n; i++) {
+    for (size_t i = 0; i < row->n; i++)
         data_flushed = MAX(data_flushed, le64_get(row->record[i].head.data_flushed));
-        flushed = MAX(flushed, le64_get(row->record[i].head.flushed));
-    }
     for (size_t i = 0; i < n; i++) {
         struct record *r = &row->record[i];
-        bool payload = le32_get(r->head.payload_sectors) > 0;
+        bool flushed = r->sequence <= data_flushed;
 
-        if (!payload && r->sequence <= data_flushed)
+        if (flushed && !le32_get(r->head.payload_sectors))
             continue;
-        if (for_each_fresh(v, r, look_for) < 0 && r->sequence > (payload ? flushed : data_flushed))
+        if (for_each_fresh(v, r, look_for) < 0 && !flushed)
             return i;
     }
     return n;
