@@ -32,6 +32,7 @@ struct mount_config {
     const char *name;
     bool database; /* write-through */
     bool strict;   /* attributes are asked for at every use */
+    bool direct;   /* SERVER_FD_DIRECT is there */
 };
 extern struct mount_config mount_config;
 

@@ -188,6 +188,15 @@ int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, st
     return 0;
 }
 
+/* The same file for transfers past the page cache; -1 where its filesystem has no such thing. */
+static int open_direct(int data)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", data);
+    return open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+}
+
 /* --- the FUSE mount --- */
 
 /*
@@ -401,12 +410,14 @@ static const struct fsproc_owner server_owner = {.died = server_died,
 
 static int server_start(struct plugin_volume *v, struct why *why)
 {
-    struct fsproc_fds fds = {-1, -1, -1, -1, supervisor_generation()};
+    struct fsproc_fds fds = {-1, -1, -1, -1, -1, supervisor_generation()};
     struct plugin_volume *ref = NULL;
     struct fsproc *fs = NULL;
     int rc;
 
     rc = mounts_open_backing(v, &fds.data, &fds.log, why);
+    if (rc == 0)
+        fds.direct = open_direct(fds.data);
     if (rc == 0)
         rc = fuse_mount(v, &fds.fuse, why);
     if (rc < 0)
@@ -431,6 +442,7 @@ out:
     registry_unref(ref);
     close_quiet(fds.agent);
     close_quiet(fds.data);
+    close_quiet(fds.direct);
     close_quiet(fds.log);
     close_quiet(fds.fuse);
     return rc;

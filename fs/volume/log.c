@@ -124,11 +124,9 @@ static int wait_written(struct volume *v, uint64_t sequence)
     return l->written >= sequence ? 0 : -EIO;
 }
 
-#define PAYLOAD_IOV (PAYLOAD_MAX / UNIT_BYTES) /* a payload is chunks */
-
 /* Seals and writes one record at its place. */
 static int put_record(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body,
-                      size_t n, const struct iovec *payload, int npayload, uint64_t flushed, uint64_t data_flushed)
+                      size_t n, const uint8_t *payload, uint64_t flushed, uint64_t data_flushed)
 {
     struct disk_record head = {.type = le16_make((uint16_t)type), .sequence = le64_make(slot->sequence),
                                .flushed = le64_make(flushed), .data_flushed = le64_make(data_flushed),
@@ -136,20 +134,18 @@ static int put_record(struct volume *v, const struct log_slot *slot, enum record
                                .payload_sectors = le32_make((uint32_t)(slot->payload / SECTOR_BYTES))};
     uint64_t segment = slot->generation % LOG_SEGMENTS;
     uint8_t *buf = xmalloc(slot->bytes);
-    struct iovec iov[1 + PAYLOAD_IOV] = {{buf, slot->bytes}};
+    struct iovec iov[2] = {{buf, slot->bytes}, {(uint8_t *)(uintptr_t)payload, slot->payload}};
     int rc;
 
-    if (npayload)
-        memcpy(iov + 1, payload, (size_t)npayload * sizeof(*payload));
     record_seal(v->keys, slot->generation, slot->sector, &head, body, n, buf);
-    rc = v->logstore->ops->writev(v->logstore, iov, 1 + npayload,
+    rc = v->logstore->ops->writev(v->logstore, iov, slot->payload ? 2 : 1,
                                   (segment * v->log->segment_sectors + slot->sector) * SECTOR_BYTES);
     free(buf);
     return rc;
 }
 
 int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n,
-              const struct iovec *payload, int npayload)
+              const uint8_t *payload)
 {
     struct log *l = v->log;
     uint64_t flushed, data_flushed;
@@ -160,7 +156,7 @@ int log_write(struct volume *v, const struct log_slot *slot, enum record_type ty
     data_flushed = l->data_flushed;
     pthread_mutex_unlock(&l->mutex);
     /* After a failure nothing may be written: a later record must not stand behind one that is missing. */
-    rc = v->failed ? -EIO : put_record(v, slot, type, body, n, payload, npayload, flushed, data_flushed);
+    rc = v->failed ? -EIO : put_record(v, slot, type, body, n, payload, flushed, data_flushed);
     if (rc < 0)
         return volume_fail(v, "writing the log", rc);
     pthread_mutex_lock(&l->mutex);
@@ -215,7 +211,7 @@ static int flush_data(struct volume *v, uint64_t goal)
     pthread_mutex_unlock(&l->mutex);
     if (!room)
         return 0;
-    rc = v->failed ? -EIO : put_record(v, &slot, RECORD_FLUSH, NULL, 0, NULL, 0, flushed, goal);
+    rc = v->failed ? -EIO : put_record(v, &slot, RECORD_FLUSH, NULL, 0, NULL, flushed, goal);
     if (rc < 0)
         return rc;
     pthread_mutex_lock(&l->mutex);

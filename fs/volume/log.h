@@ -34,9 +34,9 @@ bool log_wants_checkpoint(struct log *l);
 /* [state exclusive] For a record of a body and a payload of so many bytes. with_data: it names extents that are written but
  * perhaps not flushed, and not in its payload. */
 void log_reserve(struct log *l, size_t body, size_t payload, bool with_data, struct log_slot *ret_slot);
-/* payload: npayload iovecs, slot->payload bytes (NULL, 0: none). 0 or -EIO (the volume has failed). */
+/* payload: slot->payload bytes. 0 or -EIO (the volume has failed). */
 int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n,
-              const struct iovec *payload, int npayload);
+              const uint8_t *payload);
 
 /* Waits until all records up to sequence are written (not: durable). 0 or -EIO. */
 int log_wait(struct volume *v, uint64_t sequence);

@@ -26,6 +26,9 @@
 #define INODE_STRIPES 256
 #define SYNC_PATTERNS 256
 
+#define IO_BUFFER_BYTES ((1u << 20) + (32u << 10)) /* 1 MiB that is not aligned has a part of a block at either end */
+#define IO_BUFFERS      8
+
 struct space; /* space.h */
 struct log;   /* log.h */
 struct refs;  /* refs.h */
@@ -54,6 +57,11 @@ struct volume {
     pthread_rwlock_t stripes[INODE_STRIPES];
     pthread_mutex_t checkpoint_mutex;
     pthread_mutex_t sync_mutex;
+
+    /* Memory for ciphertext on its way, kept since new memory is slow; freed when the volume is idle. */
+    pthread_mutex_t io_mutex;
+    uint8_t *io_buffer[IO_BUFFERS]; /* [io_mutex] */
+    unsigned io_buffers;            /* [io_mutex] */
 
     /* How files are written and synced, of those whose sync was seen last (file.c). */
     pthread_mutex_t pattern_mutex;
@@ -88,6 +96,10 @@ static inline pthread_rwlock_t *inode_lock(struct volume *v, uint64_t ino)
 {
     return &v->stripes[(ino * 0x9e3779b97f4a7c15ull) >> 56];
 }
+
+/* IO_BUFFER_BYTES, aligned to STORE_ALIGN, with EXTENT_SLACK_* around; put takes it back (NULL: nothing). */
+uint8_t *io_buffer_get(struct volume *v);
+void io_buffer_put(struct volume *v, uint8_t *buffer);
 
 /* Drops clean nodes past the cache's size, if there are any. Called without locks after reads. */
 void volume_trim(struct volume *v);

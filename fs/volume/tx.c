@@ -239,7 +239,7 @@ int tx_commit(struct tx *tx)
     if (tx->body_len > log_body_max(v->log))
         return tx_abort(tx, -EMSGSIZE); /* an operation that failed to split itself: refused whole */
     if (record_bytes(tx->body_len) + tx->payload_bytes > record_bytes(log_body_max(v->log)))
-        tx->payload_bytes = 0, tx->npayload = 0;
+        tx->payload_bytes = 0;
     for (size_t i = 0; i < tx->changes && !tx->payload_bytes; i++)
         with_data |= tx->change[i].op == CHANGE_ALLOC;
     log_reserve(v->log, tx->body_len, tx->payload_bytes, with_data, &slot);
@@ -255,7 +255,7 @@ int tx_commit(struct tx *tx)
     kick = log_wants_checkpoint(v->log) || tree_dirty_nodes(v->tree) > v->dirty_max / 2;
     pthread_rwlock_unlock(&v->state);
     if (rc == 0)
-        rc = log_write(v, &slot, RECORD_CHANGES, tx->body, tx->body_len, tx->payload, tx->npayload);
+        rc = log_write(v, &slot, RECORD_CHANGES, tx->body, tx->body_len, tx->payload);
     tx_free_buffers(tx);
     volume_kick(v, kick);
     return rc;

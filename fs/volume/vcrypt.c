@@ -2,8 +2,8 @@
  * vcrypt.c - see vcrypt.h and FORMAT.md, which name every key, nonce, MAC and what binds what.
  *
  * Owns the subkeys (struct vkeys, in locked memory). Ciphertext of extents goes between memory and `data` without a
- * copy: a chunk's ciphertext is the middle of its secretstream message, so messages lie in a buffer with stride block +
- * 17 and the I/O vectors name their middles.
+ * copy: a chunk's ciphertext is the middle of its secretstream message, whose ends lie over its neighbours' while it is sealed
+ * or opened.
  */
 #include "fs/volume/vcrypt.h"
 
@@ -14,6 +14,7 @@
 #define TAG_MESSAGE   crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
 #define TAG_FINAL     crypto_secretstream_xchacha20poly1305_TAG_FINAL
 
+_Static_assert(EXTENT_SLACK_BEFORE + EXTENT_SLACK_AFTER == STREAM_ABYTES, "a message's ends");
 _Static_assert(STREAM_ABYTES == sizeof(struct disk_chunk), "a message is a tag, the ciphertext and a MAC");
 _Static_assert(EXTENT_HEADER == crypto_secretstream_xchacha20poly1305_HEADERBYTES, "stream header");
 _Static_assert(NONCE_BYTES == crypto_aead_xchacha20poly1305_ietf_NPUBBYTES, "nonce");
@@ -205,58 +206,27 @@ static struct extent_ad extent_ad(const struct vkeys *k, const struct extent *e)
     return ad;
 }
 
-/* Seals chunks into messages at buf (stride block + STREAM_ABYTES) and fills in header and chunk records. */
-static void seal_chunks(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *buf)
+void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *cipher)
 {
     struct extent_ad ad = extent_ad(k, e);
-    size_t stride = block + STREAM_ABYTES;
     stream_state state;
 
+    e->suite = SUITE_XCHACHA20;
+    e->epoch = 0;
+    e->has_refs = false;
     crypto_secretstream_xchacha20poly1305_init_push(&state, e->header, k->data);
     for (unsigned i = 0; i < e->chunks; i++) {
-        uint8_t *m = buf + i * stride;
+        uint8_t *m = cipher + (size_t)i * block - 1, before = m[0];
 
+        e->ref[i] = 1;
         crypto_secretstream_xchacha20poly1305_push(&state, m, NULL, plain + (size_t)i * block, block,
                                                    (const uint8_t *)&ad, sizeof(ad),
                                                    i + 1 == e->chunks ? TAG_FINAL : TAG_MESSAGE);
         e->chunk[i].tag = m[0];
         memcpy(e->chunk[i].mac, m + 1 + block, MAC_BYTES);
+        m[0] = before;
     }
     sodium_memzero(&state, sizeof(state));
-}
-
-size_t extent_sealed_bytes(unsigned chunks, uint32_t block)
-{
-    return chunks * (block + STREAM_ABYTES);
-}
-
-void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *sealed)
-{
-    e->suite = SUITE_XCHACHA20;
-    e->epoch = 0;
-    e->has_refs = false;
-    for (unsigned i = 0; i < e->chunks; i++)
-        e->ref[i] = 1;
-    seal_chunks(k, e, block, plain, sealed);
-}
-
-int extent_iov(const struct extent *e, uint32_t block, uint8_t *sealed, struct iovec iov[EXTENT_CHUNKS_MAX])
-{
-    for (unsigned i = 0; i < e->chunks; i++)
-        iov[i] = (struct iovec){sealed + i * (block + STREAM_ABYTES) + 1, block};
-    return e->chunks;
-}
-
-int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain)
-{
-    uint8_t *sealed = xmalloc(extent_sealed_bytes(e->chunks, block));
-    struct iovec iov[EXTENT_CHUNKS_MAX];
-    int rc;
-
-    extent_seal(k, e, block, plain, sealed);
-    rc = data->ops->writev(data, iov, extent_iov(e, block, sealed, iov), e->addr * UNIT_BYTES);
-    free(sealed);
-    return rc;
 }
 
 /* The stream's state before chunk `first`: every message adds one to the counter and its MAC to the nonce. */
@@ -272,24 +242,26 @@ static int state_at(const struct vkeys *k, const struct extent *e, unsigned firs
     return 0;
 }
 
-static int open_chunks(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n,
-                       uint8_t *buf, uint8_t *plain)
+int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n, uint8_t *cipher,
+                uint8_t *plain)
 {
     struct extent_ad ad = extent_ad(k, e);
-    size_t stride = block + STREAM_ABYTES;
     stream_state state;
     int rc;
 
     rc = state_at(k, e, first, &state);
     for (unsigned i = 0; i < n && rc == 0; i++) {
-        uint8_t *m = buf + i * stride, tag, want = first + i + 1 == e->chunks ? TAG_FINAL : TAG_MESSAGE;
+        uint8_t *m = cipher + (size_t)i * block - 1, before = m[0], after[MAC_BYTES], tag;
 
+        memcpy(after, m + 1 + block, MAC_BYTES);
         m[0] = e->chunk[first + i].tag;
         memcpy(m + 1 + block, e->chunk[first + i].mac, MAC_BYTES);
-        if (crypto_secretstream_xchacha20poly1305_pull(&state, plain + (size_t)i * block, NULL, &tag, m, stride,
-                                                       (const uint8_t *)&ad, sizeof(ad)) ||
-            tag != want)
+        if (crypto_secretstream_xchacha20poly1305_pull(&state, plain + (size_t)i * block, NULL, &tag, m,
+                                                       block + STREAM_ABYTES, (const uint8_t *)&ad, sizeof(ad)) ||
+            tag != (first + i + 1 == e->chunks ? TAG_FINAL : TAG_MESSAGE))
             rc = -EBADMSG;
+        m[0] = before;
+        memcpy(m + 1 + block, after, MAC_BYTES);
     }
     sodium_memzero(&state, sizeof(state));
     if (rc < 0)
@@ -297,60 +269,68 @@ static int open_chunks(const struct vkeys *k, const struct extent *e, uint32_t b
     return rc;
 }
 
+/* Memory for n bytes of ciphertext, with its slack. */
+static uint8_t *slack_alloc(size_t n)
+{
+    return (uint8_t *)xmalloc(EXTENT_SLACK_BEFORE + n + EXTENT_SLACK_AFTER) + EXTENT_SLACK_BEFORE;
+}
+
+static void slack_free(uint8_t *cipher)
+{
+    free(cipher - EXTENT_SLACK_BEFORE);
+}
+
 int extent_read(const struct vkeys *k, struct store *data, const struct extent *e, uint32_t block, unsigned first,
                 unsigned n, uint8_t *plain)
 {
-    size_t stride = block + STREAM_ABYTES;
-    struct iovec iov[EXTENT_CHUNKS_MAX];
-    uint8_t *buf;
+    struct iovec iov;
+    uint8_t *cipher;
     int rc;
 
     if (n == 0 || n > e->chunks || first > e->chunks - n || (size_t)e->chunks * block > EXTENT_BYTES)
         return -EBADMSG;
-    buf = xmalloc(n * stride);
-    for (unsigned i = 0; i < n; i++)
-        iov[i] = (struct iovec){buf + i * stride + 1, block};
-    rc = data->ops->readv(data, iov, (int)n, e->addr * UNIT_BYTES + (uint64_t)first * block);
+    cipher = slack_alloc((size_t)n * block);
+    iov = (struct iovec){cipher, (size_t)n * block};
+    rc = data->ops->readv(data, &iov, 1, e->addr * UNIT_BYTES + (uint64_t)first * block);
     if (rc == 0)
-        rc = open_chunks(k, e, block, first, n, buf, plain);
-    free(buf);
+        rc = extent_open(k, e, block, first, n, cipher, plain);
+    slack_free(cipher);
     return rc;
 }
 
 int extent_verify(const struct vkeys *k, const struct extent *e, uint32_t block, const uint8_t *cipher)
 {
-    size_t stride = block + STREAM_ABYTES;
-    uint8_t *buf = xmalloc(e->chunks * stride), *plain = xmalloc((size_t)e->chunks * block);
+    size_t bytes = (size_t)e->chunks * block;
+    uint8_t *copy = slack_alloc(bytes), *plain = xmalloc(bytes);
     int rc;
 
-    for (unsigned i = 0; i < e->chunks; i++)
-        memcpy(buf + i * stride + 1, cipher + (size_t)i * block, block);
-    rc = open_chunks(k, e, block, 0, e->chunks, buf, plain);
-    sodium_memzero(plain, (size_t)e->chunks * block);
+    memcpy(copy, cipher, bytes);
+    rc = extent_open(k, e, block, 0, e->chunks, copy, plain);
+    sodium_memzero(plain, bytes);
     free(plain);
-    free(buf);
+    slack_free(copy);
     return rc;
 }
 
 /* --- self-test --- */
 
-static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *plain, uint8_t *buf, uint8_t *copy,
-                       uint8_t *got)
+/* Every first chunk of an extent, against reading it in order; and a flipped bit is refused. */
+static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *plain, uint8_t *cipher, uint8_t *got)
 {
     const uint32_t block = 64;
     struct extent e = {.id = 7, .chunks = (uint8_t)chunks};
-    size_t stride = block + STREAM_ABYTES;
 
-    seal_chunks(k, &e, block, plain, buf);
+    extent_seal(k, &e, block, plain, cipher);
     for (unsigned first = 0; first < chunks; first++) {
-        memcpy(copy, buf + first * stride, (chunks - first) * stride);
-        if (open_chunks(k, &e, block, first, chunks - first, copy, got) < 0 ||
-            memcmp(got, plain + first * block, (chunks - first) * block) != 0)
+        uint8_t *at = cipher + (size_t)first * block;
+
+        if (extent_open(k, &e, block, first, chunks - first, at, got) < 0 ||
+            memcmp(got, plain + (size_t)first * block, (size_t)(chunks - first) * block) != 0)
             return -ENOTSUP;
-        memcpy(copy, buf + first * stride, stride);
-        copy[1] ^= 1;
-        if (open_chunks(k, &e, block, first, 1, copy, got) == 0)
+        at[0] ^= 1;
+        if (extent_open(k, &e, block, first, 1, at, got) == 0)
             return -ENOTSUP;
+        at[0] ^= 1;
     }
     return 0;
 }
@@ -358,7 +338,7 @@ static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *pl
 int vcrypt_self_test(void)
 {
     static const uint8_t id[16] = "self-test volume";
-    uint8_t plain[EXTENT_CHUNKS_MAX * 64], buf[EXTENT_CHUNKS_MAX * (64 + STREAM_ABYTES)], copy[sizeof(buf)];
+    uint8_t plain[EXTENT_CHUNKS_MAX * 64], buf[EXTENT_SLACK_BEFORE + sizeof(plain) + EXTENT_SLACK_AFTER];
     uint8_t got[sizeof(plain)];
     struct key *key = key_new();
     struct vkeys *k = NULL;
@@ -370,7 +350,7 @@ int vcrypt_self_test(void)
     randombytes_buf(plain, sizeof(plain));
     rc = vkeys_derive(key, id, &k);
     for (unsigned chunks = 1; chunks <= EXTENT_CHUNKS_MAX && rc == 0; chunks++)
-        rc = test_length(k, chunks, plain, buf, copy, got);
+        rc = test_length(k, chunks, plain, buf + EXTENT_SLACK_BEFORE, got);
     vkeys_free(k);
     key_free(&key);
     return rc;

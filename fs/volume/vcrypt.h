@@ -47,21 +47,24 @@ size_t extent_encode(const struct extent *e, uint8_t out[EXTENT_ITEM_MAX]);
 int extent_decode(uint64_t id, const uint8_t *value, size_t len, struct extent *ret_extent);
 
 /*
- * Seals plain (chunks * block bytes) as extent e->id (id, addr, birth, chunks are set by the caller; the rest is filled in)
- * into sealed, which has extent_sealed_bytes(). Binds volume, extent id, chunk count. extent_iov names the ciphertext in
- * it, as it belongs at e->addr; returns the number of iovecs.
+ * Ciphertext of an extent lies in a row, as in `data`. The buffers of extent_seal and extent_open must have
+ * EXTENT_SLACK_BEFORE writable bytes before it and EXTENT_SLACK_AFTER behind it: there, and in the neighbouring chunk, a
+ * message's tag and MAC are put for a moment.
  */
-size_t extent_sealed_bytes(unsigned chunks, uint32_t block);
-void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *sealed);
-int extent_iov(const struct extent *e, uint32_t block, uint8_t *sealed, struct iovec iov[EXTENT_CHUNKS_MAX]);
-/* The same, and writes the ciphertext with one gathering write. 0 or the store's error. */
-int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain);
-/* Reads and opens chunks first .. first + n - 1 into plain. -EBADMSG when one does not authenticate (plain is then zeroed),
- * or the store's error. */
+#define EXTENT_SLACK_BEFORE 1
+#define EXTENT_SLACK_AFTER  MAC_BYTES
+
+/* Seals plain (chunks * block bytes) as extent e->id (id, addr, birth, chunks are set by the caller; the rest is filled in).
+ * Binds volume, extent id, chunk count. */
+void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *cipher);
+/* Opens chunks first .. first + n - 1, whose ciphertext is at cipher (and is the same afterwards, but for the slack). -EBADMSG when
+ * one does not authenticate; plain is then zeroed. */
+int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n, uint8_t *cipher,
+                uint8_t *plain);
+/* Reads and opens; -EBADMSG or the store's error. */
 int extent_read(const struct vkeys *k, struct store *data, const struct extent *e, uint32_t block, unsigned first,
                 unsigned n, uint8_t *plain);
-
-/* Does this ciphertext, all of the extent's in a row, authenticate? 0 or -EBADMSG. */
+/* Does this ciphertext of a whole extent authenticate? It is not changed. 0 or -EBADMSG. */
 int extent_verify(const struct vkeys *k, const struct extent *e, uint32_t block, const uint8_t *cipher);
 
 /* Log records. Bytes on disk for a body of n bytes, without a payload (a multiple of SECTOR_BYTES). */
