@@ -138,10 +138,8 @@ static void set_dirty(struct space *s, struct region *r, bool dirty)
 
 static void add_region(struct space *s)
 {
-    struct region *r;
+    struct region *r = &s->region[s->regions++];
 
-    s->region = xrealloc(s->region, (s->regions + 1) * sizeof(*s->region));
-    r = &s->region[s->regions++];
     *r = (struct region){.used = xcalloc(WORDS, 8), .busy = xcalloc(WORDS, 8), .free = REGION_UNITS,
                          .whole = REGION_UNITS / NODE_UNITS, .run_hint = REGION_UNITS};
     set_dirty(s, r, true);
@@ -157,7 +155,8 @@ struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_uni
     s->data = data;
     s->limit = limit_units;
     s->reserve = reserve_units;
-    s->regions_max = (limit_units + REGION_UNITS - 1) / REGION_UNITS;
+    s->regions_max = MAX((limit_units + REGION_UNITS - 1) / REGION_UNITS, regions);
+    s->region = xcalloc(s->regions_max, sizeof(*s->region)); /* 10 MiB for 16 TiB, resident as far as it is used */
     for (uint64_t i = 0; i < regions; i++)
         add_region(s);
     return s;
