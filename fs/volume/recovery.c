@@ -85,7 +85,6 @@ struct record {
 struct row {
     struct record *record;
     size_t n, cap;
-    bool next_generation; /* some are of the generation after the superblock's */
 };
 
 static void row_free(struct row *r)
@@ -96,7 +95,7 @@ static void row_free(struct row *r)
 }
 
 /* Collects every record of a generation that authenticates, in order of place. */
-static int scan_segment(struct volume *v, uint64_t generation, struct row *row, bool *ret_any)
+static int scan_segment(struct volume *v, uint64_t generation, struct row *row)
 {
     uint64_t bytes = le64_get(v->super.log_segment), off = generation % LOG_SEGMENTS * bytes;
     int64_t size = v->logstore->ops->size(v->logstore);
@@ -104,7 +103,6 @@ static int scan_segment(struct volume *v, uint64_t generation, struct row *row, 
     struct iovec iov;
     int rc = -EIO;
 
-    *ret_any = false;
     if (size >= 0 && (uint64_t)size >= off + bytes) {
         segment = xmalloc(bytes);
         iov = (struct iovec){segment, bytes};
@@ -127,7 +125,6 @@ static int scan_segment(struct volume *v, uint64_t generation, struct row *row, 
         }
         r.sequence = le64_get(r.head.sequence);
         sector += le32_get(r.head.sectors);
-        *ret_any = true;
         if (row->n == row->cap) {
             row->cap = row->cap ? row->cap * 2 : 256;
             row->record = xrealloc(row->record, row->cap * sizeof(*row->record));
@@ -227,16 +224,15 @@ int recovery_replay(struct volume *v)
 {
     uint64_t generation = le64_get(v->super.generation), last = le64_get(v->super.sequence);
     struct row row = {0};
-    bool any = false;
     int64_t n = 0;
     int rc = 0;
 
     v->generation = generation + 1; /* so that the checkpoint after this is newer than any record */
     if (le32_get(v->super.flags) & SUPER_CLEAN)
         goto done;
-    rc = scan_segment(v, generation, &row, &any);
+    rc = scan_segment(v, generation, &row);
     if (rc == 0)
-        rc = scan_segment(v, generation + 1, &row, &any);
+        rc = scan_segment(v, generation + 1, &row);
     if (rc == 0) {
         n = find_end(v, &row, last);
         rc = n < 0 ? (int)n : 0;

@@ -515,16 +515,20 @@ uint64_t space_dirty_regions(struct space *s)
     return n;
 }
 
-bool space_is_used(struct volume *v, uint64_t unit)
+static void get_bitmap(const struct region *r, uint8_t bitmap[REGION_UNITS / 8])
 {
-    struct space *s = v->space;
-    bool used = false;
+    for (unsigned i = 0; i < WORDS; i++) {
+        le64 word = le64_make(r->used[i]);
 
+        memcpy(bitmap + i * 8, &word, 8);
+    }
+}
+
+void space_get_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
+{
     pthread_mutex_lock(&s->mutex);
-    if (unit / REGION_UNITS < s->regions)
-        used = bit_get(s->region[unit / REGION_UNITS].used, (uint32_t)(unit % REGION_UNITS));
+    get_bitmap(&s->region[region], bitmap);
     pthread_mutex_unlock(&s->mutex);
-    return used;
 }
 
 uint64_t space_used(struct space *s)
@@ -574,11 +578,7 @@ int64_t space_next_dirty(struct space *s, uint64_t from)
 void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
 {
     pthread_mutex_lock(&s->mutex);
-    for (unsigned i = 0; i < WORDS; i++) {
-        le64 word = le64_make(s->region[region].used[i]);
-
-        memcpy(bitmap + i * 8, &word, 8);
-    }
+    get_bitmap(&s->region[region], bitmap);
     set_dirty(s, &s->region[region], false);
     pthread_mutex_unlock(&s->mutex);
 }
