@@ -88,7 +88,7 @@ $(BUILD)/tests/%: tests/unit/%.c $(ALL_LIBS)
 
 $(BUILD)/tests/%: tests/%.c $(L)volume.a $(L)base.a
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a $(shell pkg-config --libs libsodium)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a -Wl,--as-needed $(shell pkg-config --libs libsodium fuse3)
 
 # A fuzz target is compiled with the sources of the libraries it needs, so that all of it is instrumented.
 FUZZ_SRC := $(SRC_base) $(SRC_volume) $(SRC_keystore)

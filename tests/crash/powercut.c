@@ -496,6 +496,7 @@ static void works_on(struct round *r, struct image *const image[2], struct volum
     m = model_new(a.ino, a.mode, a.uid, a.gid);
     world_init(&w, v, m, rng_u64(rng));
     w.block = r->block;
+    w.size_limit = r->w.size_limit;
     world_adopt(&w, m->root);
     /* A few, too, so that records of before the cut still stand behind the new ones in the log. */
     for (uint64_t k = rng_chance(rng, 2) ? 25 : rng_below(rng, 4); k > 0 && !w.fail[0]; k--)
