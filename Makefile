@@ -48,7 +48,7 @@ TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*
 TEST_TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/crash/*.c tests/model/*.c tests/fs/*.c tests/attack/*.c tests/bench/*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
-.PHONY: all help check tests fuzzers clean install format lint layers bench
+.PHONY: all help check tests fuzzers crash model clean install format lint layers bench
 all: $(PROGRAMS:%=$(BUILD)/%) ## build the four programs into $(BUILD)/
 
 help: ## this text
@@ -59,6 +59,9 @@ fuzzers: $(FUZZERS) ## build the fuzz targets (clang)
 
 check: all tests ## build and run the unit tests
 	@set -e; for t in $(TESTS); do $$t; done
+
+crash: tests ## cut the power in two million states (about an hour on two cores)
+	$(BUILD)/tests/crash/powercut --seed $$(date +%s) --distinct 2000000 --seconds 36000
 
 define lib_rule
 $(BUILD)/lib$(1).a: $(call obj,$(SRC_$(1)))
@@ -88,7 +91,7 @@ $(BUILD)/tests/%: tests/unit/%.c $(ALL_LIBS)
 
 $(BUILD)/tests/%: tests/%.c $(L)volume.a $(L)base.a
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a $(shell pkg-config --libs libsodium)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a -Wl,--as-needed $(shell pkg-config --libs libsodium fuse3)
 
 # A fuzz target is compiled with the sources of the libraries it needs, so that all of it is instrumented.
 FUZZ_SRC := $(SRC_base) $(SRC_volume) $(SRC_keystore)

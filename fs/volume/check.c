@@ -130,14 +130,20 @@ static int visit_node(void *ctx, uint64_t addr, unsigned level, int err)
 static void check_units(struct check *c)
 {
     uint64_t leaked = 0, missing = 0, first_leaked = 0, first_missing = 0;
+    uint8_t used[REGION_UNITS / 8];
 
-    for (uint64_t u = 0; u < c->nunits; u++) {
-        bool seen = c->units[u / 8] >> (u % 8) & 1, used = space_is_used(c->v, u);
+    for (uint64_t at = 0; at < c->nunits; at += 8) {
+        uint8_t seen = c->units[at / 8], have;
 
-        if (used && !seen && leaked++ == 0)
-            first_leaked = u;
-        if (!used && seen && missing++ == 0)
-            first_missing = u;
+        if (at % REGION_UNITS == 0)
+            space_get_bitmap(c->v->space, at / REGION_UNITS, used);
+        have = used[at % REGION_UNITS / 8];
+        for (unsigned k = 0; k < 8 && have != seen; k++) {
+            if ((have & ~seen) >> k & 1 && leaked++ == 0)
+                first_leaked = at + k;
+            if ((seen & ~have) >> k & 1 && missing++ == 0)
+                first_missing = at + k;
+        }
     }
     if (leaked)
         finding(c, "free space: %llu units are marked used but nothing uses them, the first is %llu", U(leaked),
@@ -273,14 +279,18 @@ static void see_extent(struct check *c, const struct tree_iter *it)
 /* A bitmap's item must be the bitmap in memory. */
 static void see_space(struct check *c, const struct tree_iter *it)
 {
-    uint64_t first = it->key.a * REGION_UNITS, differ = 0;
+    uint8_t used[REGION_UNITS / 8];
+    uint64_t differ = 0;
 
     if (it->key.a >= c->nunits / REGION_UNITS || it->len != REGION_UNITS / 8) {
         finding(c, "corrupt free space: region %llu, behind the end or malformed", U(it->key.a));
         return;
     }
-    for (uint64_t u = 0; u < REGION_UNITS && c->quiet; u++)
-        differ += (it->value[u / 8] >> (u % 8) & 1) != space_is_used(c->v, first + u);
+    if (!c->quiet)
+        return;
+    space_get_bitmap(c->v->space, it->key.a, used);
+    for (unsigned i = 0; i < sizeof(used); i++)
+        differ += (unsigned)__builtin_popcount(it->value[i] ^ used[i]);
     if (differ)
         finding(c, "corrupt free space: region %llu, %llu units differ from the state in memory", U(it->key.a),
                 U(differ));

@@ -23,6 +23,9 @@
 
 /* --- superblock --- */
 
+/* No counter comes near it: whatever counts on from the superblock does not wrap around. */
+#define COUNTER_MAX (1ull << 62)
+
 static bool super_sane(const struct disk_super *s)
 {
     uint32_t block = le32_get(s->block_size);
@@ -32,7 +35,9 @@ static bool super_sane(const struct disk_super *s)
            limit >= VOLUME_SIZE_MIN && limit <= VOLUME_SIZE_MAX && segment >= (256u << 10) &&
            segment <= (1ull << 30) && segment % (64u << 10) == 0 && units > 0 && units % REGION_UNITS == 0 &&
            units <= VOLUME_SIZE_MAX / UNIT_BYTES && le32_get(s->root_level) <= NODE_LEVEL_MAX &&
-           le32_get(s->log_segments) == LOG_SEGMENTS && le64_get(s->next_inode) > VOLUME_ROOT_INO;
+           le32_get(s->log_segments) == LOG_SEGMENTS && le64_get(s->next_inode) > VOLUME_ROOT_INO &&
+           le64_get(s->next_inode) < COUNTER_MAX && le64_get(s->next_extent) < COUNTER_MAX &&
+           le64_get(s->generation) < COUNTER_MAX && le64_get(s->sequence) < COUNTER_MAX;
 }
 
 int recovery_super(struct volume *v)
@@ -98,13 +103,17 @@ static void row_free(struct row *r)
 /* Collects every record of a generation that authenticates, in order of place. */
 static int scan_segment(struct volume *v, uint64_t generation, struct row *row)
 {
-    uint64_t bytes = le64_get(v->super.log_segment);
-    uint8_t *segment = xmalloc(bytes);
-    struct iovec iov = {segment, bytes};
-    int rc;
+    uint64_t bytes = le64_get(v->super.log_segment), off = generation % LOG_SEGMENTS * bytes;
+    int64_t size = v->logstore->ops->size(v->logstore);
+    uint8_t *segment = NULL;
+    struct iovec iov;
+    int rc = -EIO;
 
-    row->segment[generation % LOG_SEGMENTS] = segment;
-    rc = v->logstore->ops->readv(v->logstore, &iov, 1, generation % LOG_SEGMENTS * bytes);
+    if (size >= 0 && (uint64_t)size >= off + bytes) {
+        row->segment[generation % LOG_SEGMENTS] = segment = xmalloc(bytes);
+        iov = (struct iovec){segment, bytes};
+        rc = v->logstore->ops->readv(v->logstore, &iov, 1, off);
+    }
     if (rc < 0) {
         volume_damage(v, "log: segment %llu cannot be read (%s)", (unsigned long long)(generation % LOG_SEGMENTS),
                       strerror(-rc));

@@ -138,15 +138,10 @@ static void set_dirty(struct space *s, struct region *r, bool dirty)
 
 static void add_region(struct space *s)
 {
-    struct region *r;
+    struct region *r = &s->region[s->regions++];
 
-    s->region = xrealloc(s->region, (s->regions + 1) * sizeof(*s->region));
-    r = &s->region[s->regions++];
-    *r = (struct region){.used = xcalloc(WORDS, 8),
-                         .busy = xcalloc(WORDS, 8),
-                         .free = REGION_UNITS,
-                         .whole = REGION_UNITS / NODE_UNITS,
-                         .run_hint = REGION_UNITS};
+    *r = (struct region){.used = xcalloc(WORDS, 8), .busy = xcalloc(WORDS, 8), .free = REGION_UNITS,
+                         .whole = REGION_UNITS / NODE_UNITS, .run_hint = REGION_UNITS};
     set_dirty(s, r, true);
     s->free_units += REGION_UNITS;
     s->whole += REGION_UNITS / NODE_UNITS;
@@ -160,7 +155,8 @@ struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_uni
     s->data = data;
     s->limit = limit_units;
     s->reserve = reserve_units;
-    s->regions_max = (limit_units + REGION_UNITS - 1) / REGION_UNITS;
+    s->regions_max = MAX((limit_units + REGION_UNITS - 1) / REGION_UNITS, regions);
+    s->region = xcalloc(s->regions_max, sizeof(*s->region)); /* 10 MiB for 16 TiB, resident as far as it is used */
     for (uint64_t i = 0; i < regions; i++)
         add_region(s);
     return s;
@@ -522,16 +518,20 @@ uint64_t space_dirty_regions(struct space *s)
     return n;
 }
 
-bool space_is_used(struct volume *v, uint64_t unit)
+static void get_bitmap(const struct region *r, uint8_t bitmap[REGION_UNITS / 8])
 {
-    struct space *s = v->space;
-    bool used = false;
+    for (unsigned i = 0; i < WORDS; i++) {
+        le64 word = le64_make(r->used[i]);
 
+        memcpy(bitmap + i * 8, &word, 8);
+    }
+}
+
+void space_get_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
+{
     pthread_mutex_lock(&s->mutex);
-    if (unit / REGION_UNITS < s->regions)
-        used = bit_get(s->region[unit / REGION_UNITS].used, (uint32_t)(unit % REGION_UNITS));
+    get_bitmap(&s->region[region], bitmap);
     pthread_mutex_unlock(&s->mutex);
-    return used;
 }
 
 uint64_t space_used(struct space *s)
@@ -581,11 +581,7 @@ int64_t space_next_dirty(struct space *s, uint64_t from)
 void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
 {
     pthread_mutex_lock(&s->mutex);
-    for (unsigned i = 0; i < WORDS; i++) {
-        le64 word = le64_make(s->region[region].used[i]);
-
-        memcpy(bitmap + i * 8, &word, 8);
-    }
+    get_bitmap(&s->region[region], bitmap);
     set_dirty(s, &s->region[region], false);
     pthread_mutex_unlock(&s->mutex);
 }

@@ -46,7 +46,8 @@ bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
 uint64_t space_dirty_regions(struct space *s);
 /* Would a checkpoint, or the end of the one under way, make units free? */
 bool space_has_pending(struct space *s);
-bool space_is_used(struct volume *v, uint64_t unit);
+/* Copies a region's used bits, as a SPACE item holds them. */
+void space_get_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8]);
 uint64_t space_used(struct space *s);
 uint64_t space_regions(struct space *s);
 void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64_t *ret_reserve);

@@ -296,11 +296,22 @@ out:
 
 /* --- open --- */
 
-static int load_space(struct volume *v)
+/* The regions that the superblock names. What a shorter file has lost is not worth memory: the volume is only read. */
+static uint64_t regions_there(struct volume *v)
 {
     uint64_t regions = le64_get(v->super.data_units) / REGION_UNITS;
+    int64_t size = v->data->ops->size(v->data);
 
-    for (uint64_t k = 0; k < regions; k++) {
+    if (size >= 0 && (uint64_t)size / REGION_BYTES >= regions)
+        return regions;
+    volume_damage(v, "data: the file is shorter than the volume: the volume is read-only");
+    v->read_only = v->space_lost = true;
+    return size < 0 ? 0 : (uint64_t)size / REGION_BYTES;
+}
+
+static int load_space(struct volume *v)
+{
+    for (uint64_t k = 0; k < space_regions(v->space) && !v->space_lost; k++) {
         struct tree_key key = tree_key(ITEM_SPACE, k, 0);
         const uint8_t *bitmap;
         size_t len;
@@ -314,10 +325,6 @@ static int load_space(struct volume *v)
         }
         space_load_region(v->space, k, bitmap);
     }
-    if (v->data->ops->size(v->data) < (int64_t)(regions * REGION_BYTES)) {
-        volume_damage(v, "data: the file is shorter than the volume: the volume is read-only");
-        v->read_only = true;
-    }
     return 0;
 }
 
@@ -330,7 +337,7 @@ static int load_state(struct volume *v)
     rc = recovery_super(v);
     if (rc < 0)
         return rc;
-    set_geometry(v, le64_get(v->super.data_units) / REGION_UNITS);
+    set_geometry(v, regions_there(v));
     v->next_inode = le64_get(v->super.next_inode);
     v->inodes = le64_get(v->super.inodes);
     atomic_store(&v->next_extent, le64_get(v->super.next_extent));

@@ -10,28 +10,34 @@
  *   3. nameless inodes are gone, and the check, which reads all content, finds nothing
  *   4. the volume works on: changes, close, open, check
  *   5. cut again at every write of that recovery, it comes to the same tree
- * In every fourth round `data` is so full that it grows under the workload. In another it may not grow, so that what is freed
- * is soon used again, and a second thread checkpoints and syncs all the time (then a seed does not say all). A fault round lets a write, sync or grow fail
- * instead, and looks that nothing is acknowledged that is not so, also when the volume is opened again while the page
- * cache still shows what a failed flush did not write.
+ * In every fourth round `data` is so full that it grows under the workload. In another it may not grow, so that what is
+ * freed is soon used again, and a second thread checkpoints and syncs all the time (then a seed does not say all). A
+ * fault round lets a write, sync or grow fail instead, and looks that nothing is acknowledged that is not so, also when
+ * the volume is opened again while the page cache still shows what a failed flush did not write. Formatting is cut,
+ * too: there is an empty volume after it or none.
  *
- *     powercut [--seed N] [--ops N] [--states N] [--seconds N] [--mode cut|fault|both] [--cut N]
+ *     powercut [--seed N] [--ops N] [--states N] [--seconds N] [--distinct N] [--workers N] [--mode cut|fault|both]
+ * [--cut N]
  *
  * --states: random states per cut besides the systematic ones. --cut with --seed repeats one cut of one round.
+ * --distinct: ends after so many different states, and fails when --seconds do not suffice for them. --workers:
+ * processes side by side, one a processor without it; each takes every n-th seed.
  */
 #include "fs/base/secmem.h"
 #include "tests/model/fsmodel.h"
 
 #include <getopt.h>
 #include <signal.h>
+#include <malloc.h>
 #include <stdatomic.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define SIZE_LIMIT (96ull << 20)
 
 enum round_kind { ROUND_PLAIN, ROUND_GROWS, ROUND_TIGHT };
 
-static uint64_t arg_seed = 1, arg_ops = 150, arg_states = 4, arg_seconds = 60;
+static uint64_t arg_seed = 1, arg_ops = 150, arg_states = 4, arg_seconds = 60, arg_distinct, arg_workers;
 static int64_t arg_cut = -1;
 static bool arg_cuts = true, arg_faults = true;
 
@@ -39,6 +45,11 @@ static struct key *volume_key;
 static const uint8_t volume_id[VOLUME_ID_BYTES] = "powercut-volume";
 static char repro[700] = "setup"; /* what is under way: for signals and failures */
 static uint64_t states, skipped, distinct, failures, opens, recoveries, recovery_cuts, grown, cuts, events;
+static uint64_t rounds, fault_rounds, format_cuts;
+/* What a worker reports. */
+static uint64_t *const counters[] = {&states,     &skipped,       &distinct,   &failures, &opens,
+                                     &recoveries, &recovery_cuts, &grown,      &cuts,     &events,
+                                     &rounds,     &fault_rounds,  &format_cuts};
 
 /* --- reporting --- */
 
@@ -117,8 +128,8 @@ static bool set_add(struct set *s, uint64_t x)
 /* --- a round's workload --- */
 
 struct mark {
-    size_t start, end; /* events recorded before and after the operation */
-    struct snap *snap; /* the tree after it */
+    size_t start, end;    /* events recorded before and after the operation */
+    struct snap *snap;    /* the tree after it */
     struct middle middle; /* what it may show between its transactions */
     char *text;
 };
@@ -485,6 +496,7 @@ static void works_on(struct round *r, struct image *const image[2], struct volum
     m = model_new(a.ino, a.mode, a.uid, a.gid);
     world_init(&w, v, m, rng_u64(rng));
     w.block = r->block;
+    w.size_limit = r->w.size_limit;
     world_adopt(&w, m->root);
     /* A few, too, so that records of before the cut still stand behind the new ones in the log. */
     for (uint64_t k = rng_chance(rng, 2) ? 25 : rng_below(rng, 4); k > 0 && !w.fail[0]; k--)
@@ -536,10 +548,11 @@ static void images_free(struct image *const image[2])
 }
 
 /*
- * Cuts the recovery of a state, too: opens it once more, recorded, and then from what a cut at each event may leave. (What
- * the first cut left is on the disk.) want: the listing that the first recovery showed.
+ * Cuts the recovery of a state, too: opens it once more, recorded, and then from what a cut at each event may leave.
+ * (What the first cut left is on the disk.) want: the listing that the first recovery showed.
  */
-static void cut_recovery(struct round *r, struct image *const state[2], const struct snap *want, struct rng *rng)
+static void cut_recovery(struct round *r, struct image *const state[2], const struct snap *want, struct set *ever,
+                         uint64_t hash, struct rng *rng)
 {
     static const enum crash_mode modes[] = {CRASH_NONE, CRASH_ALL, CRASH_LAST_TORN, CRASH_TORN, CRASH_SUBSET};
     struct recorder rec = {.mutex = PTHREAD_MUTEX_INITIALIZER};
@@ -548,6 +561,7 @@ static void cut_recovery(struct round *r, struct image *const state[2], const st
     struct volume *v = NULL;
 
     recoveries++;
+    set_add(ever, hash_mix(hash_mix(0, 0), hash)); /* nothing written: the state itself, which is counted */
     if (open_images(image, &rec, NULL, NULL, &v) < 0) {
         failed("the same state does not open twice");
         images_free(image);
@@ -567,7 +581,7 @@ static void cut_recovery(struct round *r, struct image *const state[2], const st
             if (crash_pending(&c, cut) == 0 && k)
                 break; /* all the same */
             recovery_cuts++;
-            crash_build(&c, cut, modes[k], 0, image);
+            distinct += set_add(ever, hash_mix(crash_build(&c, cut, modes[k], 0, image), hash));
             if (open_images(image, NULL, NULL, damage, &v) < 0) {
                 failed("recovery cut at its event %zu of %zu (mode %d): does not open: %s", cut, rec.n, (int)modes[k],
                        damage);
@@ -589,8 +603,10 @@ static void cut_recovery(struct round *r, struct image *const state[2], const st
     free(rec.ev);
 }
 
-/* Opens one state and checks all of it. from, to: operations that the tree may show. */
-static void check_state(struct round *r, struct image *const image[2], size_t from, size_t to, struct rng *rng)
+/* Opens one state and checks all of it. from, to: operations that the tree may show. hash: what tells it apart in ever.
+ */
+static void check_state(struct round *r, struct image *const image[2], size_t from, size_t to, struct set *ever,
+                        uint64_t hash, struct rng *rng)
 {
     bool loose = r->w.faults;
     uint64_t before = failures;
@@ -629,7 +645,7 @@ static void check_state(struct round *r, struct image *const image[2], size_t fr
     else
         volume_abandon(v);
     if (again[0] && failures == before)
-        cut_recovery(r, again, s, rng);
+        cut_recovery(r, again, s, ever, hash_mix(hash, 5), rng);
     images_free(again);
     snap_free(s);
 }
@@ -671,14 +687,19 @@ static void cut_at(struct round *r, struct crash *c, size_t cut, struct set *see
         snprintf(repro, sizeof(repro), "--seed %llu --ops %llu --states %llu --cut %zu (mode %d, op %zu %.100s)",
                  (unsigned long long)r->seed, (unsigned long long)arg_ops, (unsigned long long)arg_states, cut,
                  (int)mode, to, r->mark[to].text);
-        distinct += set_add(ever, hash_mix(h, r->seed));
-        if (set_add(seen, hash_mix(h, from)))
-            check_state(r, image, from, to, &c->rng);
-        else
+        if (set_add(seen, hash_mix(h, from))) {
+            distinct += set_add(ever, hash_mix(h, r->seed));
+            check_state(r, image, from, to, ever, hash_mix(h, r->seed), &c->rng);
+        } else
             skipped++;
         image_free(image[0]);
         image_free(image[1]);
     }
+}
+
+static bool enough(void)
+{
+    return arg_distinct && distinct >= arg_distinct;
 }
 
 /* Cuts at every event of the recording: in several passes, so that a deadline leaves cuts from all of it done. */
@@ -692,7 +713,7 @@ static void round_cuts(struct round *r, struct set *ever, int64_t deadline)
         struct crash c = {.rec = &r->rec, .durable = {image_new(r->base[0]), image_new(r->base[1])}};
 
         for (size_t cut = passes[p]; cut <= events && failures < 20; cut += ARRAY_LEN(passes)) {
-            if (arg_cut < 0 && mono_ns() > deadline)
+            if (arg_cut < 0 && (mono_ns() > deadline || enough()))
                 break;
             crash_advance(&c, cut);
             c.rng.s = hash_mix(r->seed, cut);
@@ -731,9 +752,9 @@ static void fault_refuses(struct round *r)
 }
 
 /*
- * The process ends after a failed write or flush, and the volume is opened again before any power cut: what it reads comes
- * from the page cache, which shows the failed writes as if they were on the disk. Then it is closed in good order and the
- * power is cut: what was seen must be there.
+ * The process ends after a failed write or flush, and the volume is opened again before any power cut: what it reads
+ * comes from the page cache, which shows the failed writes as if they were on the disk. Then it is closed in good order
+ * and the power is cut: what was seen must be there.
  */
 static void fault_same_boot(struct round *r, struct rng *rng)
 {
@@ -838,8 +859,9 @@ static void round_fault(struct round *r, struct set *ever)
         crash_advance(&c, events);
         h = crash_build(&c, events, modes[k], 0, image);
         cut_range(r, events, false, &from, &to);
-        distinct += set_add(ever, hash_mix(h, r->seed ^ 0xfa));
-        check_state(r, image, from, to, &rng);
+        h = hash_mix(h, r->seed ^ 0xfa);
+        distinct += set_add(ever, h);
+        check_state(r, image, from, to, ever, h, &rng);
         for (int s = 0; s < 2; s++) {
             image_free(image[s]);
             image_free(c.durable[s]);
@@ -950,20 +972,87 @@ static void round_full(struct round *r)
     fill_verify(r, 1000, k);
 }
 
+/* --- format --- */
+
+/* After a cut there is a volume, whole and empty, or none: no superblock opens. After its return there is one. */
+static void format_state(struct image *const image[2], bool done)
+{
+    char damage[300] = "";
+    struct volume *v = NULL;
+    struct snap *s;
+    int rc = open_images(image, NULL, NULL, damage, &v);
+
+    alarm(60);
+    if (rc < 0) {
+        if (done || rc != -EKEYREJECTED || damage[0])
+            failed("format %s: open: %s, damage: %s", done ? "done" : "cut", strerror(-rc), damage);
+        return;
+    }
+    s = snap_volume(v, VOLUME_ROOT_INO);
+    if (s->err || s->n != 1 || damage[0])
+        failed("format cut: the volume is not an empty one: %zu entries, %s %s", s->n, s->why, damage);
+    else
+        check_clean(v, true, "after a cut format");
+    snap_free(s);
+    volume_abandon(v);
+}
+
+static void cut_format(uint64_t seed, uint32_t block, struct set *ever)
+{
+    struct volume_params p = {
+        .block_size = block, .size_limit = SIZE_LIMIT, .log_segment = 256 << 10, .root_mode = 0755};
+    struct recorder rec = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+    struct crash c = {.rec = &rec, .rng = {hash_mix(seed, 8)}};
+    struct image *empty[2], *image[2];
+    struct store *store[2];
+    int rc;
+
+    snprintf(repro, sizeof(repro), "format, seed %llu", (unsigned long long)seed);
+    memcpy(p.id, volume_id, sizeof(p.id));
+    for (int k = 0; k < 2; k++) {
+        empty[k] = image_new(NULL);
+        image[k] = image_new(empty[k]);
+        c.durable[k] = image_new(empty[k]);
+        store[k] = mstore_new(image[k], &rec, NULL, k);
+    }
+    rc = volume_format(store[0], store[1], volume_key, &p);
+    if (rc < 0)
+        failed("format: %s", strerror(-rc));
+    for (int k = 0; k < 2; k++)
+        store[k]->ops->close(store[k]);
+    images_free(image);
+    for (size_t cut = 0; cut <= rec.n && rc == 0; cut++) {
+        crash_advance(&c, cut);
+        for (unsigned k = 0; k < CRASH_MODES + 2 * arg_states; k++) {
+            enum crash_mode mode = k < CRASH_MODES ? (enum crash_mode)k : CRASH_TORN;
+            uint64_t h = crash_build(&c, cut, mode, rng_below(&c.rng, MAX(crash_pending(&c, cut), 1)), image);
+
+            format_cuts++;
+            distinct += set_add(ever, hash_mix(h, hash_mix(seed, 6)));
+            format_state(image, cut == rec.n);
+            images_free(image);
+        }
+    }
+    images_free(c.durable);
+    images_free(empty);
+    recorder_reset(&rec);
+    free(rec.ev);
+}
+
 /* --- main --- */
 
 static int usage(void)
 {
-    fprintf(stderr,
-            "usage: powercut [--seed N] [--ops N] [--states N] [--seconds N] [--mode cut|fault|both] [--cut N]\n");
+    fprintf(stderr, "usage: powercut [--seed N] [--ops N] [--states N] [--seconds N] [--distinct N] [--workers N]\n"
+                    "                [--mode cut|fault|both] [--cut N]\n");
     return 2;
 }
 
 static bool parse(int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"seed", 1, 0, 's'}, {"ops", 1, 0, 'o'}, {"states", 1, 0, 't'}, {"seconds", 1, 0, 'S'},
-        {"mode", 1, 0, 'm'}, {"cut", 1, 0, 'c'}, {0, 0, 0, 0}};
+    static const struct option options[] = {{"seed", 1, 0, 's'},    {"ops", 1, 0, 'o'},      {"states", 1, 0, 't'},
+                                            {"seconds", 1, 0, 'S'}, {"distinct", 1, 0, 'd'}, {"workers", 1, 0, 'w'},
+                                            {"mode", 1, 0, 'm'},    {"cut", 1, 0, 'c'},      {0, 0, 0, 0}};
     int c;
 
     while ((c = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -980,6 +1069,12 @@ static bool parse(int argc, char **argv)
         case 'S':
             arg_seconds = strtoull(optarg, NULL, 0);
             break;
+        case 'd':
+            arg_distinct = strtoull(optarg, NULL, 0);
+            break;
+        case 'w':
+            arg_workers = strtoull(optarg, NULL, 0);
+            break;
         case 'm':
             arg_cuts = strcmp(optarg, "fault") != 0;
             arg_faults = strcmp(optarg, "cut") != 0;
@@ -995,12 +1090,103 @@ static bool parse(int argc, char **argv)
     return optind == argc;
 }
 
+/* In mode both, a seed stands for a cut format, ten fault rounds and then its cuts, which get a fifth of the time at
+ * most. */
+static void run_seed(uint64_t seed, struct set *ever, int64_t deadline)
+{
+    static const enum round_kind kinds[] = {ROUND_PLAIN, ROUND_GROWS, ROUND_TIGHT, ROUND_PLAIN};
+    struct round r;
+
+    if (arg_cuts && arg_cut < 0)
+        cut_format(seed, 4096u << seed % 3, ever);
+    for (unsigned k = 0; arg_faults && k < (arg_cuts ? 10 : 1); k++) {
+        alarm(120);
+        if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed, ROUND_PLAIN))
+            round_fault(&r, ever);
+        round_end(&r);
+        fault_rounds++;
+    }
+    if (arg_cuts) {
+        bool ok;
+
+        alarm(120);
+        ok = round_begin(&r, seed, kinds[seed % ARRAY_LEN(kinds)]);
+        if (ok && kinds[seed % ARRAY_LEN(kinds)] == ROUND_TIGHT)
+            disturb_begin(&r);
+        ok = ok && round_run(&r);
+        disturb_end(&r);
+        if (ok) {
+            grown += r.live[0]->size > REGION_BYTES;
+            events += r.rec.n + 1;
+            round_cuts(&r, ever, MIN(deadline, mono_ns() + (int64_t)arg_seconds * 200000000));
+        }
+        round_end(&r);
+        rounds++;
+    }
+}
+
+static void work(uint64_t first, uint64_t step)
+{
+    int64_t deadline = mono_ns() + (int64_t)arg_seconds * 1000000000;
+    struct set ever = {0};
+
+    if (arg_faults && first == arg_seed) {
+        struct round r;
+
+        alarm(120);
+        if (round_begin(&r, arg_seed, ROUND_PLAIN))
+            round_full(&r);
+        round_end(&r);
+    }
+    for (uint64_t seed = first; failures < 20; seed += step) {
+        run_seed(seed, &ever, deadline);
+        if (arg_cut >= 0 || mono_ns() > deadline || enough())
+            break;
+    }
+    alarm(0);
+    free(ever.slot);
+}
+
+/* Runs the workers and adds up what they counted. */
+static void work_together(void)
+{
+    int fd[2], status;
+    uint64_t n[ARRAY_LEN(counters)];
+
+    arg_distinct = (arg_distinct + arg_workers - 1) / arg_workers;
+    if (pipe2(fd, O_CLOEXEC) < 0) {
+        failed("pipe: %s", strerror(errno));
+        return;
+    }
+    for (uint64_t k = 0; k < arg_workers; k++) {
+        pid_t pid = fork();
+
+        if (pid < 0)
+            failed("fork: %s", strerror(errno));
+        if (pid != 0)
+            continue;
+        work(arg_seed + k, arg_workers);
+        for (size_t i = 0; i < ARRAY_LEN(counters); i++)
+            n[i] = *counters[i];
+        fflush(stdout);
+        _exit(write(fd[1], n, sizeof(n)) == sizeof(n) ? 0 : 1); /* less than PIPE_BUF: one piece */
+    }
+    close(fd[1]);
+    while (wait(&status) > 0) {
+        if (status != 0)
+            failed("a worker ended with status %#x", (unsigned)status);
+    }
+    while (read(fd[0], n, sizeof(n)) == sizeof(n)) {
+        for (size_t i = 0; i < ARRAY_LEN(counters); i++)
+            *counters[i] += n[i];
+    }
+    close(fd[0]);
+}
+
 int main(int argc, char **argv)
 {
     static const int signals[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGALRM};
-    uint64_t rounds = 0, fault_rounds = 0;
-    struct set ever = {0};
-    int64_t deadline;
+    uint64_t want;
 
     if (!parse(argc, argv))
         return usage();
@@ -1011,59 +1197,28 @@ int main(int argc, char **argv)
     memset(volume_key->b, 0x5c, sizeof(volume_key->b));
     for (size_t k = 0; k < ARRAY_LEN(signals); k++)
         signal(signals[k], on_signal);
-    deadline = mono_ns() + (int64_t)arg_seconds * 1000000000;
-    if (arg_faults) {
-        struct round r;
-
-        alarm(120);
-        if (round_begin(&r, arg_seed, ROUND_PLAIN))
-            round_full(&r);
-        round_end(&r);
-    }
-    for (uint64_t seed = arg_seed; failures < 20; seed++) {
-        bool fault = arg_faults;
-        struct round r;
-
-        /* In mode both, a seed stands for ten fault rounds and then its cuts, which get a fifth of the time at most. */
-        for (unsigned k = 0; fault && k < 10; k++) {
-            alarm(120);
-            if (round_begin(&r, arg_cuts ? seed * 1000 + k : seed, ROUND_PLAIN))
-                round_fault(&r, &ever);
-            round_end(&r);
-            fault_rounds++;
-            if (!arg_cuts)
-                break;
-        }
-        if (arg_cuts) {
-            alarm(120);
-            static const enum round_kind kinds[] = {ROUND_PLAIN, ROUND_GROWS, ROUND_TIGHT, ROUND_PLAIN};
-            bool ok = round_begin(&r, seed, kinds[seed % 4]);
-
-            if (ok && seed % 4 == 2)
-                disturb_begin(&r);
-            ok = ok && round_run(&r);
-            disturb_end(&r);
-            if (ok) {
-                grown += r.live[0]->size > REGION_BYTES;
-                events += r.rec.n + 1;
-                round_cuts(&r, &ever, MIN(deadline, mono_ns() + (int64_t)arg_seconds * 200000000));
-            }
-            round_end(&r);
-            rounds++;
-        }
-        if (arg_cut >= 0 || mono_ns() > deadline)
-            break;
-    }
-    alarm(0);
+    /* Segments of the log come and go: not by mmap each time. */
+    mallopt(M_MMAP_THRESHOLD, 1 << 28);
+    mallopt(M_TRIM_THRESHOLD, 1 << 28);
+    want = arg_distinct;
+    if (!arg_workers)
+        arg_workers = arg_cut >= 0 ? 1 : (uint64_t)MAX(sysconf(_SC_NPROCESSORS_ONLN), 1);
+    if (arg_workers > 1)
+        work_together();
+    else
+        work(arg_seed, 1);
     printf("powercut: %llu rounds, %llu fault rounds, %llu opens, %llu repeated states left out\n",
            (unsigned long long)rounds, (unsigned long long)fault_rounds, (unsigned long long)opens,
            (unsigned long long)skipped);
-    printf("%llu of %llu prefixes cut; %llu rounds in which data grew; %llu recoveries cut, in %llu states\n",
+    printf("%llu of %llu prefixes cut; %llu rounds in which data grew; %llu recoveries cut, in %llu states; formats "
+           "cut in "
+           "%llu\n",
            (unsigned long long)cuts, (unsigned long long)events, (unsigned long long)grown,
-           (unsigned long long)recoveries, (unsigned long long)recovery_cuts);
-    printf("states %llu, distinct %llu, failures %llu\n", (unsigned long long)states, (unsigned long long)distinct,
-           (unsigned long long)failures);
-    free(ever.slot);
+           (unsigned long long)recoveries, (unsigned long long)recovery_cuts, (unsigned long long)format_cuts);
+    if (!failures && distinct < want)
+        failed("only %llu distinct states in %llu s", (unsigned long long)distinct, (unsigned long long)arg_seconds);
+    printf("states %llu, distinct %llu, failures %llu\n", (unsigned long long)(states + recovery_cuts + format_cuts),
+           (unsigned long long)distinct, (unsigned long long)failures);
     key_free(&volume_key);
     return failures ? 1 : 0;
 }

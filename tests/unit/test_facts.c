@@ -207,7 +207,7 @@ static int ask(int helper, int fd, struct facts *f)
     return rc;
 }
 
-static void test_helper(void **state)
+__attribute__((unused)) static void test_helper(void **state)
 {
     int helper, fd, pipefd[2];
     struct facts f;
@@ -249,7 +249,9 @@ int main(void)
         cmocka_unit_test(test_good),        cmocka_unit_test(test_refused),
         cmocka_unit_test(test_two_results), cmocka_unit_test(test_attached),
         cmocka_unit_test(test_long_values), cmocka_unit_test(test_valid_checks_every_field),
+#ifndef __SANITIZE_ADDRESS__ /* the helper's memory limit leaves AddressSanitizer no room for its shadow */
         cmocka_unit_test(test_helper),
+#endif
     };
 
     return cmocka_run_group_tests_name("facts", tests, NULL, NULL);
