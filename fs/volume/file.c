@@ -334,13 +334,65 @@ struct batch {
     struct extent extent[WRITE_MAX / 4096 + 2];
     uint64_t block[WRITE_MAX / 4096 + 2];
     size_t n;
+    /* Where the batch is to ride in its log record: the ciphertext, kept. */
+    uint8_t *sealed;
+    size_t sealed_bytes;
+    struct iovec payload[PAYLOAD_MAX / UNIT_BYTES];
+    int npayload;
 };
+
+static struct batch *batch_new(void)
+{
+    struct batch *b = xmalloc(sizeof(*b));
+
+    b->n = 0;
+    b->sealed = NULL;
+    b->npayload = 0;
+    return b;
+}
+
+static void batch_free(struct batch *b)
+{
+    free(b->sealed);
+    free(b);
+}
+
+/* count blocks at most will ride. */
+static void batch_ride(struct volume *v, struct batch *b, uint64_t count)
+{
+    b->sealed = xmalloc(extent_sealed_bytes((unsigned)count, v->block));
+}
 
 static void batch_cancel(struct volume *v, struct batch *b)
 {
     for (size_t i = 0; i < b->n; i++)
         space_cancel(v->space, b->extent[i].addr, (uint64_t)b->extent[i].chunks * v->block_units);
     b->n = 0;
+}
+
+/* Large writes start on their way to the disk at once: the flush that comes finds less to do. */
+#define WRITEBACK_BYTES (64u << 10)
+
+static int batch_put(struct volume *v, struct batch *b, struct extent *e, const uint8_t *plain)
+{
+    uint64_t bytes = (uint64_t)e->chunks * v->block;
+    struct iovec iov[EXTENT_CHUNKS_MAX];
+    uint8_t *sealed;
+    int n, rc;
+
+    if (!b->sealed) {
+        rc = extent_write(v->keys, v->data, e, v->block, plain);
+        if (rc == 0 && bytes >= WRITEBACK_BYTES)
+            v->data->ops->writeback(v->data, e->addr * UNIT_BYTES, bytes);
+        return rc;
+    }
+    sealed = b->sealed + b->sealed_bytes;
+    extent_seal(v->keys, e, v->block, plain, sealed);
+    b->sealed_bytes += extent_sealed_bytes(e->chunks, v->block);
+    n = extent_iov(e, v->block, sealed, iov);
+    memcpy(b->payload + b->npayload, iov, (size_t)n * sizeof(*iov));
+    b->npayload += n;
+    return v->data->ops->writev(v->data, iov, n, e->addr * UNIT_BYTES);
 }
 
 /* Seals and writes count blocks of plain as extents for the file's blocks from `block` on. On failure nothing is held. */
@@ -351,6 +403,8 @@ static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64
     int rc = 0;
 
     b->n = 0;
+    b->sealed_bytes = 0;
+    b->npayload = 0;
     while (count && rc == 0) {
         /* Extents begin at multiples of their size in the file, so that overwriting in pieces of it frees whole ones. */
         uint64_t want = MIN(count, most - block % most);
@@ -366,7 +420,7 @@ static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64
         e->id = atomic_fetch_add(&v->next_extent, 1);
         e->chunks = (uint8_t)((uint64_t)got / v->block_units);
         e->birth = 0;
-        rc = extent_write(v->keys, v->data, e, v->block, plain);
+        rc = batch_put(v, b, e, plain);
         if (rc < 0 && rc != -ENOSPC)
             rc = volume_fail(v, "writing data", rc);
         block += e->chunks;
@@ -475,6 +529,11 @@ static int commit_batch(struct volume *v, uint64_t ino, struct batch *b, const s
         batch_cancel(v, b);
         return rc;
     }
+    if (b->npayload) {
+        tx.payload = b->payload;
+        tx.npayload = b->npayload;
+        tx.payload_bytes = (size_t)b->npayload * v->block;
+    }
     return tx_commit(&tx);
 }
 
@@ -526,32 +585,40 @@ static int write_inline(struct volume *v, const struct inode *old, uint64_t off,
     return rc < 0 ? tx_abort(&tx, rc) : tx_commit(&tx);
 }
 
+/* [stripe exclusive] The content of an inline file of blocks-to-be goes into its first block. */
+static int convert_inline(struct volume *v, const struct inode *inode)
+{
+    uint8_t *plain = xcalloc(1, v->block);
+    struct batch *b = batch_new();
+    int rc = read_old(v, inode, 0, plain, v->block);
+
+    if (rc == 0)
+        rc = batch_write_hard(v, b, 0, 1, plain, true);
+    if (rc == 0)
+        rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true, true});
+    batch_free(b);
+    free(plain);
+    return rc;
+}
+
 /* [stripe exclusive] Writes n <= WRITE_MAX bytes into blocks; an inline file becomes one of blocks. buf NULL: zeroes, at the
  * edge of a hole that is being made; that may use the reserve. */
 static int write_blocks(struct volume *v, const struct inode *inode, uint64_t off, const uint8_t *buf, size_t n,
-                        uint64_t size)
+                        uint64_t size, bool ride)
 {
     bool grows = buf || n == 0;
-    /* The content of an inline file is in its first block: that is written along. */
-    bool convert = inode->flags & INODE_INLINE;
     uint64_t lo = off / v->block, hi = blocks_of(v, off + n);
-    struct batch *b = xmalloc(sizeof(*b));
+    struct batch *b = batch_new();
     uint8_t *plain = NULL;
     int rc = 0;
 
-    if (convert && inode->size > 0 && lo > 0) {
-        plain = xcalloc(1, v->block);
-        rc = read_old(v, inode, 0, plain, v->block);
-        if (rc == 0)
-            rc = batch_write_hard(v, b, 0, 1, plain, true);
-        if (rc == 0)
-            rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true, true});
-        if (rc < 0)
-            goto out;
-        free(plain);
-        plain = NULL;
-    }
-    b->n = 0;
+    /* Where the first block is written, an inline file's content is written along. */
+    if ((inode->flags & INODE_INLINE) && inode->size > 0 && lo > 0)
+        rc = convert_inline(v, inode);
+    if (rc < 0)
+        goto out;
+    if (ride)
+        batch_ride(v, b, hi - lo);
     if (n && (!buf || off % v->block || (off + n) % v->block)) {
         uint64_t start = lo * v->block, end = hi * v->block;
 
@@ -574,7 +641,7 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
         rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows, false});
 out:
     free(plain);
-    free(b);
+    batch_free(b);
     return rc;
 }
 
@@ -589,12 +656,92 @@ static int get_regular(struct volume *v, uint64_t ino, struct inode *ret)
     return rc < 0 ? rc : regular(ret);
 }
 
-ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+/* --- which writes ride in the log --- */
+
+/*
+ * A file that is written and synced in turns costs one flush a turn, of the log, if what is written rides there. So: small
+ * writes of a file that had few of them before its last sync. (Others are cheaper in `data` alone, where they are in any
+ * case.)
+ */
+#define RIDE_WRITES 8
+
+/* Notes a write; true: let it ride. */
+static bool note_write(struct volume *v, uint64_t ino, uint64_t off, size_t n)
+{
+    struct sync_pattern *p = &v->pattern[ino % SYNC_PATTERNS];
+    bool small = blocks_of(v, off + n) - off / v->block <= PAYLOAD_MAX / v->block, ride;
+
+    pthread_mutex_lock(&v->pattern_mutex);
+    ride = p->ino == ino && small && p->before <= RIDE_WRITES && p->since < RIDE_WRITES;
+    if (p->ino == ino && p->since < UINT32_MAX)
+        p->since++;
+    pthread_mutex_unlock(&v->pattern_mutex);
+    return ride;
+}
+
+void file_note_sync(struct volume *v, uint64_t ino)
+{
+    struct sync_pattern *p = &v->pattern[ino % SYNC_PATTERNS];
+
+    pthread_mutex_lock(&v->pattern_mutex);
+    *p = (struct sync_pattern){.ino = ino, .before = p->ino == ino ? p->since : 0};
+    pthread_mutex_unlock(&v->pattern_mutex);
+}
+
+/* --- vol_write --- */
+
+static ssize_t write_any(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool ride)
 {
     pthread_rwlock_t *stripe = inode_lock(v, ino);
     struct inode inode;
-    uint64_t size;
     int rc;
+
+    pthread_rwlock_wrlock(stripe);
+    rc = get_regular(v, ino, &inode);
+    if (rc == 0) {
+        uint64_t size = MAX(inode.size, off + n);
+
+        if ((inode.flags & INODE_INLINE) && size <= INLINE_MAX)
+            rc = write_inline(v, &inode, off, buf, n, size);
+        else
+            rc = write_blocks(v, &inode, off, buf, n, size, ride);
+    }
+    pthread_rwlock_unlock(stripe);
+    return rc < 0 ? rc : (ssize_t)n;
+}
+
+/* Whole blocks need nothing of what the file holds: they are sealed and written before its lock is taken, so that several
+ * writes of one file go on side by side. */
+static ssize_t write_aligned(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool ride)
+{
+    pthread_rwlock_t *stripe = inode_lock(v, ino);
+    struct batch *b = batch_new();
+    uint64_t lo = off / v->block;
+    struct inode inode;
+    int rc;
+
+    if (ride)
+        batch_ride(v, b, n / v->block);
+    rc = batch_write_hard(v, b, lo, n / v->block, buf, true);
+    if (rc < 0)
+        goto out;
+    pthread_rwlock_wrlock(stripe);
+    rc = get_regular(v, ino, &inode);
+    if (rc == 0 && (inode.flags & INODE_INLINE) && inode.size > 0 && lo > 0)
+        rc = convert_inline(v, &inode);
+    if (rc < 0)
+        batch_cancel(v, b);
+    else
+        rc = commit_batch(v, ino, b, &(struct change){MAX(inode.size, off + n), true, true, false});
+    pthread_rwlock_unlock(stripe);
+out:
+    batch_free(b);
+    return rc < 0 ? rc : (ssize_t)n;
+}
+
+ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+{
+    bool ride;
 
     if (n > WRITE_MAX)
         return -EINVAL;
@@ -604,17 +751,9 @@ ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf,
         return v->failed ? -EIO : -EROFS;
     if (n == 0)
         return 0;
-    pthread_rwlock_wrlock(stripe);
-    rc = get_regular(v, ino, &inode);
-    if (rc == 0) {
-        size = MAX(inode.size, off + n);
-        if ((inode.flags & INODE_INLINE) && size <= INLINE_MAX)
-            rc = write_inline(v, &inode, off, buf, n, size);
-        else
-            rc = write_blocks(v, &inode, off, buf, n, size);
-    }
-    pthread_rwlock_unlock(stripe);
-    return rc < 0 ? rc : (ssize_t)n;
+    ride = note_write(v, ino, off, n);
+    return off % v->block || n % v->block ? write_any(v, ino, off, buf, n, ride)
+                                          : write_aligned(v, ino, off, buf, n, ride);
 }
 
 /* --- freeing --- */
@@ -697,7 +836,7 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
 {
     struct tree_key key = tree_key(ITEM_TRIM, old->ino, 0);
     uint64_t keep = blocks_of(v, size), freed = 0, tail = size % v->block;
-    struct batch *b = xmalloc(sizeof(*b));
+    struct batch *b = batch_new();
     le64 from = le64_make(keep);
     uint8_t *plain = NULL;
     struct inode inode;
@@ -705,7 +844,6 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
     struct tx tx;
     int rc = 0, done = 0;
 
-    b->n = 0;
     pthread_rwlock_rdlock(&v->state);
     rc = tail ? range_at(v, old->ino, keep - 1, &r) : -ENOENT;
     pthread_rwlock_unlock(&v->state);
@@ -748,7 +886,7 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
         rc = finish_trim(v, old->ino, keep);
 out:
     free(plain);
-    free(b);
+    batch_free(b);
     return rc;
 }
 
@@ -765,11 +903,11 @@ static int set_size(struct volume *v, const struct inode *inode, uint64_t size)
         int rc = read_old(v, inode, 0, content, inode->size);
 
         if (rc == 0)
-            rc = write_blocks(v, inode, 0, content, inode->size, size);
+            rc = write_blocks(v, inode, 0, content, inode->size, size, false);
         free(content);
         return rc;
     }
-    return write_blocks(v, inode, 0, NULL, 0, size);
+    return write_blocks(v, inode, 0, NULL, 0, size, false);
 }
 
 int file_set_size(struct volume *v, uint64_t ino, uint64_t size)
@@ -804,11 +942,11 @@ static int zero_range(struct volume *v, const struct inode *inode, uint64_t off,
     lo = blocks_of(v, off);
     hi = end == inode->size ? blocks_of(v, end) : end / v->block;
     if (lo >= hi)
-        return write_blocks(v, inode, off, NULL, end - off, inode->size);
+        return write_blocks(v, inode, off, NULL, end - off, inode->size, false);
     if (off < lo * v->block)
-        rc = write_blocks(v, inode, off, NULL, lo * v->block - off, inode->size);
+        rc = write_blocks(v, inode, off, NULL, lo * v->block - off, inode->size, false);
     if (rc == 0 && end > hi * v->block)
-        rc = write_blocks(v, inode, hi * v->block, NULL, end - hi * v->block, inode->size);
+        rc = write_blocks(v, inode, hi * v->block, NULL, end - hi * v->block, inode->size, false);
     if (rc == 0)
         rc = free_blocks(v, inode->ino, lo, hi, true);
     return rc;

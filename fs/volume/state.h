@@ -24,6 +24,7 @@
 #include <stdatomic.h>
 
 #define INODE_STRIPES 256
+#define SYNC_PATTERNS 256
 
 struct space; /* space.h */
 struct log;   /* log.h */
@@ -53,6 +54,13 @@ struct volume {
     pthread_rwlock_t stripes[INODE_STRIPES];
     pthread_mutex_t checkpoint_mutex;
     pthread_mutex_t sync_mutex;
+
+    /* How files are written and synced, of those whose sync was seen last (file.c). */
+    pthread_mutex_t pattern_mutex;
+    struct sync_pattern {
+        uint64_t ino;
+        uint32_t before, since; /* writes between the last two syncs, and since the last */
+    } pattern[SYNC_PATTERNS]; /* [pattern_mutex] */
 
     _Atomic bool failed;
     bool read_only;
@@ -119,5 +127,7 @@ int file_destroy(struct volume *v, uint64_t ino);
 int file_set_size(struct volume *v, uint64_t ino, uint64_t size);
 /* Finishes what a TRIM item says. Called without locks, or during recovery. */
 int file_finish_trim(struct volume *v, uint64_t ino);
+/* A sync of the file was asked for. */
+void file_note_sync(struct volume *v, uint64_t ino);
 
 #endif

@@ -225,23 +225,37 @@ static void seal_chunks(const struct vkeys *k, struct extent *e, uint32_t block,
     sodium_memzero(&state, sizeof(state));
 }
 
-int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain)
+size_t extent_sealed_bytes(unsigned chunks, uint32_t block)
 {
-    size_t stride = block + STREAM_ABYTES;
-    struct iovec iov[EXTENT_CHUNKS_MAX];
-    uint8_t *buf = xmalloc(e->chunks * stride);
-    int rc;
+    return chunks * (block + STREAM_ABYTES);
+}
 
+void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *sealed)
+{
     e->suite = SUITE_XCHACHA20;
     e->epoch = 0;
     e->has_refs = false;
     for (unsigned i = 0; i < e->chunks; i++)
         e->ref[i] = 1;
-    seal_chunks(k, e, block, plain, buf);
+    seal_chunks(k, e, block, plain, sealed);
+}
+
+int extent_iov(const struct extent *e, uint32_t block, uint8_t *sealed, struct iovec iov[EXTENT_CHUNKS_MAX])
+{
     for (unsigned i = 0; i < e->chunks; i++)
-        iov[i] = (struct iovec){buf + i * stride + 1, block};
-    rc = data->ops->writev(data, iov, e->chunks, e->addr * UNIT_BYTES);
-    free(buf);
+        iov[i] = (struct iovec){sealed + i * (block + STREAM_ABYTES) + 1, block};
+    return e->chunks;
+}
+
+int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain)
+{
+    uint8_t *sealed = xmalloc(extent_sealed_bytes(e->chunks, block));
+    struct iovec iov[EXTENT_CHUNKS_MAX];
+    int rc;
+
+    extent_seal(k, e, block, plain, sealed);
+    rc = data->ops->writev(data, iov, extent_iov(e, block, sealed, iov), e->addr * UNIT_BYTES);
+    free(sealed);
     return rc;
 }
 
@@ -299,6 +313,21 @@ int extent_read(const struct vkeys *k, struct store *data, const struct extent *
     rc = data->ops->readv(data, iov, (int)n, e->addr * UNIT_BYTES + (uint64_t)first * block);
     if (rc == 0)
         rc = open_chunks(k, e, block, first, n, buf, plain);
+    free(buf);
+    return rc;
+}
+
+int extent_verify(const struct vkeys *k, const struct extent *e, uint32_t block, const uint8_t *cipher)
+{
+    size_t stride = block + STREAM_ABYTES;
+    uint8_t *buf = xmalloc(e->chunks * stride), *plain = xmalloc((size_t)e->chunks * block);
+    int rc;
+
+    for (unsigned i = 0; i < e->chunks; i++)
+        memcpy(buf + i * stride + 1, cipher + (size_t)i * block, block);
+    rc = open_chunks(k, e, block, 0, e->chunks, buf, plain);
+    sodium_memzero(plain, (size_t)e->chunks * block);
+    free(plain);
     free(buf);
     return rc;
 }
@@ -372,7 +401,7 @@ void record_seal(const struct vkeys *k, uint64_t generation, uint64_t sector, st
     uint8_t *message = out + EXTENT_HEADER + HEAD_BYTES, *plain = xcalloc(1, padded ? padded : 1);
     stream_state state;
 
-    head->sectors = le32_make((uint32_t)(bytes / SECTOR_BYTES));
+    head->sectors = le32_make((uint32_t)(bytes / SECTOR_BYTES) + le32_get(head->payload_sectors));
     head->body_bytes = le32_make((uint32_t)n);
     if (n)
         memcpy(plain, body, n);
@@ -388,12 +417,13 @@ void record_seal(const struct vkeys *k, uint64_t generation, uint64_t sector, st
 
 static bool head_ok(const struct disk_record *h, size_t avail)
 {
-    size_t n = le32_get(h->body_bytes), sectors = le32_get(h->sectors);
+    size_t n = le32_get(h->body_bytes), sectors = le32_get(h->sectors), payload = le32_get(h->payload_sectors);
     uint16_t type = le16_get(h->type);
 
     return (type == RECORD_CHANGES || type == RECORD_FLUSH) && n <= RECORD_BODY_MAX &&
-           sectors * SECTOR_BYTES == record_bytes(n) && sectors * SECTOR_BYTES <= avail && le16_get(h->reserved) == 0 &&
-           le32_get(h->reserved2) == 0 && le64_get(h->reserved3) == 0 && (type != RECORD_FLUSH || n == 0);
+           payload <= PAYLOAD_MAX / SECTOR_BYTES && (n || !payload) &&
+           sectors * SECTOR_BYTES == record_bytes(n) + payload * SECTOR_BYTES && sectors * SECTOR_BYTES <= avail &&
+           le16_get(h->reserved) == 0 && le64_get(h->reserved3) == 0 && (type != RECORD_FLUSH || n == 0);
 }
 
 int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, const uint8_t *in, size_t avail,
@@ -412,7 +442,7 @@ int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, con
                                                    (const uint8_t *)&ad, sizeof(ad)) ||
         tag != TAG_MESSAGE || !head_ok(&head, avail))
         goto out;
-    padded = (size_t)le32_get(head.sectors) * SECTOR_BYTES - RECORD_OVERHEAD;
+    padded = record_bytes(le32_get(head.body_bytes)) - RECORD_OVERHEAD;
     body = xmalloc(padded);
     if (crypto_secretstream_xchacha20poly1305_pull(&state, body, NULL, &tag, in + EXTENT_HEADER + HEAD_BYTES,
                                                    padded + STREAM_ABYTES, (const uint8_t *)&ad, sizeof(ad)) ||

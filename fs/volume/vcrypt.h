@@ -48,23 +48,31 @@ int extent_decode(uint64_t id, const uint8_t *value, size_t len, struct extent *
 
 /*
  * Seals plain (chunks * block bytes) as extent e->id (id, addr, birth, chunks are set by the caller; the rest is filled in)
- * and writes the ciphertext at e->addr with one gathering write. Binds volume, extent id, chunk count. 0 or the store's
- * error.
+ * into sealed, which has extent_sealed_bytes(). Binds volume, extent id, chunk count. extent_iov names the ciphertext in
+ * it, as it belongs at e->addr; returns the number of iovecs.
  */
+size_t extent_sealed_bytes(unsigned chunks, uint32_t block);
+void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *sealed);
+int extent_iov(const struct extent *e, uint32_t block, uint8_t *sealed, struct iovec iov[EXTENT_CHUNKS_MAX]);
+/* The same, and writes the ciphertext with one gathering write. 0 or the store's error. */
 int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain);
 /* Reads and opens chunks first .. first + n - 1 into plain. -EBADMSG when one does not authenticate (plain is then zeroed),
  * or the store's error. */
 int extent_read(const struct vkeys *k, struct store *data, const struct extent *e, uint32_t block, unsigned first,
                 unsigned n, uint8_t *plain);
 
-/* Log records. Bytes on disk for a body of n bytes (a multiple of SECTOR_BYTES). */
+/* Does this ciphertext, all of the extent's in a row, authenticate? 0 or -EBADMSG. */
+int extent_verify(const struct vkeys *k, const struct extent *e, uint32_t block, const uint8_t *cipher);
+
+/* Log records. Bytes on disk for a body of n bytes, without a payload (a multiple of SECTOR_BYTES). */
 size_t record_bytes(size_t body);
-/* Seals head (sectors and body_bytes are filled in) and body as the record at sector of the segment of generation. out has
- * record_bytes(n). */
+/* Seals head (sectors and body_bytes are filled in; payload_sectors is the caller's) and body as the record at sector of the
+ * segment of generation. out has record_bytes(n); the payload belongs behind it. */
 void record_seal(const struct vkeys *k, uint64_t generation, uint64_t sector, struct disk_record *head,
                  const uint8_t *body, size_t n, uint8_t *out);
 /*
  * Opens the record at in (avail bytes to the segment's end). *ret_body is malloc'ed, head->body_bytes long (NULL when 0).
+ * The payload is not looked at: it is the last head->payload_sectors of head->sectors.
  * -EBADMSG: no valid record here (also when its length, type or reserved fields are impossible).
  */
 int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, const uint8_t *in, size_t avail,

@@ -108,6 +108,7 @@ static struct volume *volume_new(struct store *data, struct store *log, const st
         pthread_rwlock_init(&v->stripes[i], NULL);
     pthread_mutex_init(&v->checkpoint_mutex, NULL);
     pthread_mutex_init(&v->sync_mutex, NULL);
+    pthread_mutex_init(&v->pattern_mutex, NULL);
     pthread_mutex_init(&v->thread_mutex, NULL);
     /* The 5 s of durability must not wait for a clock that was set back. */
     pthread_condattr_init(&steady);
@@ -130,6 +131,7 @@ static void volume_free(struct volume *v)
         pthread_rwlock_destroy(&v->stripes[i]);
     pthread_mutex_destroy(&v->checkpoint_mutex);
     pthread_mutex_destroy(&v->sync_mutex);
+    pthread_mutex_destroy(&v->pattern_mutex);
     pthread_mutex_destroy(&v->thread_mutex);
     pthread_cond_destroy(&v->thread_cond);
     free(v);
@@ -471,7 +473,7 @@ int vol_sync(struct volume *v)
 /* The log is one row: what makes the last record durable makes all before it so, of whatever file. */
 int vol_fsync(struct volume *v, uint64_t ino, bool datasync)
 {
-    (void)ino;
     (void)datasync;
+    file_note_sync(v, ino);
     return vol_sync(v);
 }
