@@ -159,8 +159,8 @@ bool loop_kills_suidgid(void);
 /* --- adapter.c --- */
 
 extern const struct fuse_lowlevel_ops adapter_ops;
-/* May this request (opcode, tid) be served at once, without waiting for the agent or the volume? */
-bool adapter_ready(uint32_t opcode, uint64_t ino, pid_t tid, bool by_handle);
+/* May a request be served at once, without waiting for the agent or the volume: one by a thread tid, or decided before? */
+bool adapter_ready(pid_t tid, bool by_handle);
 
 /* --- sandbox.c --- */
 
