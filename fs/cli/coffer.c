@@ -124,12 +124,11 @@ static int print_help(const struct cli_command *cmd)
         print_usage(&commands[i]);
         printf("      %s\n", commands[i].help);
     }
-    printf(
-        "\nRULE: selectors joined by commas: attached, container:NAME, image:REF, image-id:sha256:..., "
-        "label:KEY=VALUE,\n"
-        "unit:NAME.service, cgroup:/path, uid:N, ro. Sizes: 512M, 10G, 1T. T: 10m, 2h, 3d, 2025-01-31[T12:00:00[Z]].\n"
-        "--root DIR, or COFFER_ROOT, moves state and sockets below DIR; else /var/lib/coffer and /run/coffer.\n"
-        "Exit status: 0 done, 1 refused or failed, 2 usage.\n");
+    printf("\nRULE: selectors joined by commas: attached, container:NAME, image:REF, image-id:sha256:..., "
+           "label:KEY=VALUE,\n"
+           "uid:N, ro. Sizes: 512M, 10G, 1T. T: 10m, 2h, 3d, 2025-01-31[T12:00:00[Z]].\n"
+           "--root DIR, or COFFER_ROOT, moves state and sockets below DIR; else /var/lib/coffer and /run/coffer.\n"
+           "Exit status: 0 done, 1 refused or failed, 2 usage.\n");
     return CLI_OK;
 }
 
