@@ -41,10 +41,13 @@ struct space {
     uint64_t used, inflight, free_units, whole, dirty;
     uint64_t cursor;      /* where the search for data goes on */
     uint64_t node_cursor; /* a region that had room for nodes */
+    uint64_t hold;        /* names the holds of this time */
+    unsigned holds;
     struct run_list released, frozen;
 };
 
-#define WORDS (REGION_UNITS / 64)
+#define WORDS      (REGION_UNITS / 64)
+#define HOLD_UNITS 2048 /* free space at which holds end */
 
 /* --- bits --- */
 
@@ -516,18 +519,6 @@ uint64_t space_dirty_regions(struct space *s)
     return n;
 }
 
-bool space_is_used(struct volume *v, uint64_t unit)
-{
-    struct space *s = v->space;
-    bool used = false;
-
-    pthread_mutex_lock(&s->mutex);
-    if (unit / REGION_UNITS < s->regions)
-        used = bit_get(s->region[unit / REGION_UNITS].used, (uint32_t)(unit % REGION_UNITS));
-    pthread_mutex_unlock(&s->mutex);
-    return used;
-}
-
 uint64_t space_used(struct space *s)
 {
     uint64_t used;
@@ -593,12 +584,61 @@ void space_freeze(struct space *s)
     pthread_mutex_unlock(&s->mutex);
 }
 
+/* Is there space besides the reserve that a checkpoint and the data before it can be put into? */
+static bool roomy(struct space *s)
+{
+    uint64_t keep = 2 * s->reserve + HOLD_UNITS;
+
+    while ((s->free_units < keep || s->whole * NODE_UNITS < keep) && s->regions < s->regions_max)
+        if (grow(s) < 0)
+            break;
+    return s->free_units >= keep && s->whole * NODE_UNITS >= keep;
+}
+
 void space_thaw(struct space *s)
 {
     pthread_mutex_lock(&s->mutex);
+    if (s->holds && roomy(s)) {
+        pthread_mutex_unlock(&s->mutex);
+        return;
+    }
+    if (s->holds) {
+        s->holds = 0;
+        s->hold++;
+    }
     for (size_t i = 0; i < s->frozen.n; i++)
         make_free(s, s->frozen.run[i].addr, s->frozen.run[i].units);
     s->frozen.n = 0;
     pthread_mutex_unlock(&s->mutex);
 }
 
+/* --- holds --- */
+
+uint64_t space_hold(struct space *s)
+{
+    uint64_t hold;
+
+    pthread_mutex_lock(&s->mutex);
+    s->holds++;
+    hold = s->hold;
+    pthread_mutex_unlock(&s->mutex);
+    return hold;
+}
+
+bool space_held(struct space *s, uint64_t hold)
+{
+    bool held;
+
+    pthread_mutex_lock(&s->mutex);
+    held = s->holds && s->hold == hold;
+    pthread_mutex_unlock(&s->mutex);
+    return held;
+}
+
+void space_unhold(struct space *s, uint64_t hold)
+{
+    pthread_mutex_lock(&s->mutex);
+    if (s->holds && s->hold == hold)
+        s->holds--;
+    pthread_mutex_unlock(&s->mutex);
+}

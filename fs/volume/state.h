@@ -73,6 +73,8 @@ int volume_fail(struct volume *v, const char *what, int err);
  * and the one that got 0 would go on to a superblock. 0 or -EIO.
  */
 int volume_sync_data(struct volume *v);
+/* Reads and opens the node at ptr. -EBADMSG or the store's error; reports nothing. */
+int volume_read_node(struct volume *v, const struct disk_ptr *ptr, unsigned level, uint8_t *page);
 /* One line to on_damage. */
 void volume_damage(struct volume *v, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 

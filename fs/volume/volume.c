@@ -70,17 +70,22 @@ void volume_trim(struct volume *v)
 
 /* --- making and freeing the structure --- */
 
-static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
+int volume_read_node(struct volume *v, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
 {
-    struct volume *v = ctx;
     struct iovec iov = {page, NODE_BYTES};
     int rc;
 
     if (le64_get(ptr->addr) > VOLUME_SIZE_MAX / UNIT_BYTES)
         return -EIO;
     rc = v->data->ops->readv(v->data, &iov, 1, le64_get(ptr->addr) * UNIT_BYTES);
-    if (rc == 0)
-        rc = node_open(v->keys, ptr, level, page);
+    return rc < 0 ? rc : node_open(v->keys, ptr, level, page);
+}
+
+static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
+{
+    struct volume *v = ctx;
+    int rc = volume_read_node(v, ptr, level, page);
+
     if (rc < 0) {
         volume_damage(v, "data: tree node at unit %llu (level %u) %s", (unsigned long long)le64_get(ptr->addr), level,
                       rc == -EBADMSG ? "does not authenticate" : "cannot be read");

@@ -107,11 +107,33 @@ struct volume_stat {
 };
 void volume_stat(struct volume *v, struct volume_stat *ret_stat);
 
+/* How what takes long tells about itself; called by the thread that does it, perhaps with locks held: do not call back. */
+struct volume_report {
+    void (*line)(void *ctx, const char *text); /* a finding: one line, no plaintext in it */
+    void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */
+    bool (*stop)(void *ctx); /* NULL or false: go on; true: end with -ECANCELED soon */
+    void *ctx;
+};
+
+static inline void volume_report_progress(const struct volume_report *r, uint64_t done, uint64_t total)
+{
+    if (r->progress)
+        r->progress(r->ctx, done, total);
+}
+
+static inline bool volume_report_stop(const struct volume_report *r)
+{
+    return r->stop && r->stop(r->ctx);
+}
+
 /*
  * Walks everything: every node, item, extent record and reference, the free space against what is used, link counts,
- * and, with data, every extent's content. Calls line() with each finding (one line). Returns the number of findings or
- * -errno. Safe on a volume in use.
+ * and, with data, every extent's content. Returns the number of findings, -ECANCELED, or -EBUSY: the volume became so full
+ * that the space of the generation that was being checked was needed. Of a volume in use it checks a generation that stands
+ * still (it checkpoints first); nobody waits for it.
  */
+int volume_check_report(struct volume *v, bool data, const struct volume_report *report);
+/* The same without progress. */
 int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char *text), void *ctx);
 
 /* --- names --- */
