@@ -519,6 +519,17 @@ uint64_t space_dirty_regions(struct space *s)
     return n;
 }
 
+bool space_is_used(struct space *s, uint64_t unit)
+{
+    bool used = false;
+
+    pthread_mutex_lock(&s->mutex);
+    if (unit / REGION_UNITS < s->regions)
+        used = bit_get(s->region[unit / REGION_UNITS].used, (uint32_t)(unit % REGION_UNITS));
+    pthread_mutex_unlock(&s->mutex);
+    return used;
+}
+
 uint64_t space_used(struct space *s)
 {
     uint64_t used;

@@ -46,6 +46,7 @@ bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
 uint64_t space_dirty_regions(struct space *s);
 /* Would a checkpoint, or the end of the one under way, make units free? */
 bool space_has_pending(struct space *s);
+bool space_is_used(struct space *s, uint64_t unit);
 uint64_t space_used(struct space *s);
 uint64_t space_regions(struct space *s);
 void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64_t *ret_reserve);

@@ -56,6 +56,7 @@ struct volume {
 
     _Atomic bool failed;
     bool read_only;
+    struct repair *repair; /* while volume_repair opens it (repair.h) */
     bool space_lost; /* the bitmaps could not be read: read-only, and recovery changes none */
 
     pthread_t thread;          /* background: checkpoints and the 5 s flush */

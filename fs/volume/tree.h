@@ -129,4 +129,10 @@ int tree_check_page(const uint8_t *page, uint64_t addr, uint64_t birth, unsigned
 typedef int (*tree_visit_fn)(void *ctx, uint64_t addr, unsigned level, int err);
 int tree_visit(struct tree *t, tree_visit_fn visit, void *ctx);
 
+/* [X] Puts an empty node in the place of each that cannot be read, and tells lost() where it was and which keys (lo to below
+ * hi) it may have held. */
+typedef void (*tree_lost_fn)(void *ctx, uint64_t addr, unsigned level, const struct tree_key *lo,
+                             const struct tree_key *hi);
+int tree_prune(struct tree *t, tree_lost_fn lost, void *ctx);
+
 #endif

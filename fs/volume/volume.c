@@ -11,6 +11,7 @@
 #include "fs/volume/checkpoint.h"
 #include "fs/volume/log.h"
 #include "fs/volume/recovery.h"
+#include "fs/volume/repair.h"
 #include "fs/volume/space.h"
 
 #include <sodium.h>
@@ -300,9 +301,13 @@ static int load_state(struct volume *v)
     atomic_store(&v->next_extent, le64_get(v->super.next_extent));
     rc = tree_load(&io, cache, &v->super.root, le32_get(v->super.root_level), &v->tree);
     if (rc == 0)
-        rc = load_space(v);
+        rc = v->options.repair ? repair_load(v, &v->repair) : load_space(v);
     if (rc == 0)
         rc = recovery_replay(v);
+    if (rc == 0 && v->repair)
+        rc = repair_run(v->repair);
+    repair_free(v->repair);
+    v->repair = NULL;
     return rc;
 }
 
@@ -431,6 +436,44 @@ int volume_close(struct volume *v)
         rc = checkpoint_run(v, CHECKPOINT_FORCE | CHECKPOINT_CLEAN);
     volume_abandon(v);
     return rc;
+}
+
+struct counted {
+    const struct volume_report *report;
+    int lines;
+};
+
+static void count_line(void *ctx, const char *text)
+{
+    struct counted *c = ctx;
+
+    c->lines++;
+    c->report->line(c->report->ctx, text);
+}
+
+static void pass_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    volume_report_progress(((struct counted *)ctx)->report, done, total);
+}
+
+static bool pass_stop(void *ctx)
+{
+    return volume_report_stop(((struct counted *)ctx)->report);
+}
+
+int volume_repair(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
+                  const struct volume_report *report)
+{
+    struct counted c = {.report = report};
+    struct volume_report counting = {count_line, pass_progress, pass_stop, &c};
+    struct volume_options o = {.repair = &counting};
+    struct volume *v;
+    int rc;
+
+    rc = volume_open(data, log, key, id, &o, &v);
+    if (rc == 0)
+        rc = volume_close(v);
+    return rc < 0 ? rc : c.lines;
 }
 
 int volume_checkpoint(struct volume *v)
