@@ -166,6 +166,22 @@ struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_uni
     return s;
 }
 
+int space_set_limit(struct space *s, uint64_t limit_units, uint64_t reserve_units)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&s->mutex);
+    if (s->used + s->inflight + reserve_units > limit_units) {
+        rc = -ENOSPC;
+    } else {
+        s->limit = limit_units;
+        s->reserve = reserve_units;
+        s->regions_max = (limit_units + REGION_UNITS - 1) / REGION_UNITS;
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return rc;
+}
+
 void space_free(struct space *s)
 {
     if (!s)

@@ -22,6 +22,9 @@
 struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_units, uint64_t reserve_units);
 void space_free(struct space *s);
 
+/* Changes the limit and the reserve. -ENOSPC: more than that is used. */
+int space_set_limit(struct space *s, uint64_t limit_units, uint64_t reserve_units);
+
 /* Takes over a SPACE item when a volume is opened. */
 void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[REGION_UNITS / 8]);
 

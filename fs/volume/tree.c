@@ -1050,6 +1050,23 @@ static bool next_separator(const struct tree_iter *it, unsigned d, struct disk_k
     }
 }
 
+int tree_behind(struct tree *t, const struct tree_key *key, struct tree_key *ret_key)
+{
+    struct disk_key k, next;
+    struct tree_iter it;
+
+    tree_key_encode(key, &k);
+    if (descend(t, &k, &it) == 0) {
+        /* The walk stopped at the leaf after this one. */
+        if (it.levels < 2 || !next_separator(&it, it.levels - 2, &next) || descend(t, &next, &it) == 0)
+            return -ENOENT;
+    }
+    if (!next_separator(&it, it.levels - 1, &next))
+        return -ENOENT;
+    tree_key_decode(&next, ret_key);
+    return 0;
+}
+
 int tree_prune(struct tree *t, tree_lost_fn lost, void *ctx)
 {
     struct disk_key key = {0};

@@ -53,6 +53,9 @@ int tree_ge(struct tree *t, const struct tree_key *key, struct tree_key *ret_key
 int tree_le(struct tree *t, const struct tree_key *key, struct tree_key *ret_key, const uint8_t **ret_value,
             size_t *ret_len);
 
+/* [S] Where the node for key cannot be read: the first key behind it. -ENOENT: there is none, or it and the next can be read. */
+int tree_behind(struct tree *t, const struct tree_key *key, struct tree_key *ret_key);
+
 /* [S] A walk in key order that keeps its place in a leaf: first tree_iter_seek (at or above key), then next. The lock is
  * held from seek to the last use. 0, -ENOENT past the last item, -EIO. */
 struct tree_iter {

@@ -141,7 +141,18 @@ static void volume_free(struct volume *v)
     free(v);
 }
 
-/* What follows from the superblock's fixed fields. */
+size_t volume_dirty_max(uint64_t limit_units)
+{
+    return MIN(MAX(limit_units / 32 / NODE_UNITS, 128), 2048);
+}
+
+/* A checkpoint needs room for all dirty nodes while their older versions are still held, and so does the one after. */
+uint64_t volume_reserve(uint64_t limit_units)
+{
+    return 2 * volume_dirty_max(limit_units) * NODE_UNITS;
+}
+
+/* What follows from the superblock's fields. */
 static void set_geometry(struct volume *v, uint64_t regions)
 {
     uint64_t limit = le64_get(v->super.size_limit) / UNIT_BYTES;
@@ -153,9 +164,8 @@ static void set_geometry(struct volume *v, uint64_t regions)
     memcpy(v->params.id, v->super.volume_id, VOLUME_ID_BYTES);
     v->block = le32_get(v->super.block_size);
     v->block_units = v->block / UNIT_BYTES;
-    /* A checkpoint needs room for all dirty nodes while their older versions are still held, and so does the one after. */
-    v->dirty_max = MIN(MAX(limit / 32 / NODE_UNITS, 128), 2048);
-    v->space = space_new(v->data, regions, limit, 2 * v->dirty_max * NODE_UNITS);
+    v->dirty_max = volume_dirty_max(limit);
+    v->space = space_new(v->data, regions, limit, volume_reserve(limit));
 }
 
 /* --- format --- */

@@ -138,6 +138,23 @@ int volume_check_report(struct volume *v, bool data, const struct volume_report 
 int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char *text), void *ctx);
 
 /*
+ * Reads and authenticates all of a volume in use, a little at a time: zero *at, then call until it returns 0 (1: there is
+ * more), with so many bytes to read in one call. Damage goes to on_damage, with what and where, and is counted. Each call
+ * reads the newest generation, and holds nothing afterwards.
+ */
+struct volume_scrub {
+    uint8_t kind; /* where it goes on */
+    uint64_t a, b;
+    bool over;
+    uint64_t done, total; /* bytes; the total is an estimate */
+    unsigned findings;
+};
+int volume_scrub_step(struct volume *v, struct volume_scrub *at, uint64_t bytes);
+
+/* Changes size_limit, durably; nothing is moved. -ENOSPC: less than what is used and the reserve; -EINVAL. */
+int volume_resize(struct volume *v, uint64_t size_limit);
+
+/*
  * Makes a damaged volume whole out of what authenticates: drops the rest, and calls line() for each thing that is lost,
  * dropped, kept under another name or made anew. Blocks that are lost read as -EIO from then on, until they are written; files
  * that lost their names are in /lost+found, as #<inode>. Nothing is changed on disk before all is decided, and then at
