@@ -174,6 +174,8 @@ int server_audit(struct server *s, const char *event, const char *volume, const 
 
 static void send_lock(struct conn *c)
 {
+    if (c->lock_sent)
+        c->lock_again = true;
     if (c->lock_sent || c->dead)
         return;
     c->lock_sent = true;
@@ -741,7 +743,12 @@ static int on_fs_auth(struct request *r)
 
 static int on_fs_locked(struct request *r)
 {
-    r->c->lock_sent = false;
+    struct conn *c = r->c;
+    bool again = c->lock_again;
+
+    c->lock_sent = c->lock_again = false;
+    if (again)
+        send_lock(c);
     return 0;
 }
 

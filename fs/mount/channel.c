@@ -125,8 +125,10 @@ static int handle_message(struct agent_message *m)
         pthread_mutex_unlock(&agent_lock);
         if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_LOCK)
             rc = 0;
-        if (m->head.type == AGENT_FS_LOCK)
+        if (m->head.type == AGENT_FS_LOCK) {
+            auth_end_all(); /* here, so that a grant that comes next lives */
             agent_on_lock();
+        }
     }
     for (int i = 0; i < m->nfds && rc < 0; i++)
         close_quiet(m->fds[i]);

@@ -12,8 +12,8 @@
  *   sandbox.c    seccomp, Landlock
  *
  * Order of locks: engine_lock (life.c), state_lock (life.c), the locks of inodes.c, auth.c and channel.c. Nothing of
- * another module is called with a module's own lock held, except that life.c calls inodes.c under engine_lock and
- * channel.c makes grants in auth.c under its own lock.
+ * another module is called with a module's own lock held, except that life.c calls inodes.c under engine_lock and looks
+ * for grants under state_lock, and channel.c makes grants in auth.c under its own lock.
  */
 #ifndef COFFER_MOUNT_H
 #define COFFER_MOUNT_H
@@ -71,6 +71,8 @@ void auth_handle_close(uint64_t fh);
 /* The agent's orders. */
 void auth_end_grant(uint64_t epoch, uint64_t number);
 void auth_end_all(void);
+/* Does anything refer to a grant that has not ended? */
+bool auth_any_live(void);
 /* Another agent speaks from now on: verdicts of older ones are forgotten. */
 void auth_new_agent(uint64_t epoch);
 
@@ -105,7 +107,7 @@ enum life_flags {
 
 /*
  * Enters the engine on behalf of the request's caller: asks who it is, opens the volume if need be, waits while it is
- * opened or locked, at most 10 s. 0 with *ret_volume, and *ret for auth_put(): then life_leave() must follow, even where
+ * opened or closed, at most 10 s. 0 with *ret_volume, and *ret for auth_put(): then life_leave() must follow, even where
  * the verdict is AGENT_PLACEHOLDER (then *ret_volume is NULL). Or -EACCES, -EROFS, -ENOKEY, -EINTR, -EIO.
  */
 int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret, struct volume **ret_volume);
@@ -119,10 +121,11 @@ void life_leave(void);
 /* The volume is open and nothing stands in the way of requests. */
 bool life_is_open(void);
 
-/* Flushes, invalidates and wipes (DESIGN section 5, "Locking a mount"). notify false: the mount is gone. Never from a
- * thread that serves requests. 0, or the error of volume_close. */
+/* Flushes, invalidates and wipes, after all grants have ended. Where the agent has let somebody in since, the volume stays
+ * open instead. notify false: the mount is gone. Never from a thread that serves requests. 0, or
+ * the error of volume_close. */
 int life_lock(struct fuse_session *se, bool notify);
-/* Nothing is opened from now on. */
+/* Ends all grants; nothing is opened from now on. */
 void life_stop(void);
 
 /* --- inodes.c: the kernel's references, each also one in the engine while a volume is open --- */

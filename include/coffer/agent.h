@@ -50,7 +50,7 @@ enum agent_type {
     AGENT_FACTS,         /* struct agent_facts_ask -> AGENT_FACTS with struct agent_facts; fds: [readable JSON] if found */
     /* volume: coffer-fs -> keyd and the answer */
     AGENT_FS_AUTH,       /* struct agent_auth -> AGENT_FS_AUTH with struct agent_verdict; fds: [thread pidfd] if cacheable */
-    AGENT_FS_LOCKED,     /* coffer-fs has flushed and wiped: answers AGENT_FS_LOCK; no body, no reply */
+    AGENT_FS_LOCKED,     /* answers AGENT_FS_LOCK: coffer-fs has flushed and wiped, or serves a younger grant; no body, no reply */
     /* volume: keyd -> coffer-fs, no reply except where said */
     AGENT_FS_GRANT_END,  /* struct agent_grant: requests under it are refused from now on (-EKEYREVOKED) */
     AGENT_FS_LOCK,       /* flush, invalidate, wipe; then send AGENT_FS_LOCKED. The next authorised request unlocks anew */
