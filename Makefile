@@ -3,6 +3,9 @@
 # Variables: BUILD (directory, default build), CC, SAN (address,undefined or thread), WERROR (default -Werror).
 
 BUILD   ?= build
+# One name for the directory, however it is given: the dependency files hold it.
+override BUILD := $(abspath $(BUILD))
+BELOW := $(patsubst $(CURDIR)/%,%,$(BUILD))
 CC      ?= gcc
 SAN     ?=
 WERROR  ?= -Werror
@@ -115,5 +118,9 @@ install: all ## install programs into $(DESTDIR)$(PREFIX)
 
 clean: ## remove $(BUILD)/
 	rm -rf $(BUILD)
+
+ifneq ($(BELOW),$(BUILD))
+$(BELOW)/%: $(BUILD)/% ;
+endif
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

@@ -119,9 +119,8 @@ void adapter_forget_unsent(uint64_t ino)
 
 static void op_init(void *userdata, struct fuse_conn_info *conn)
 {
-    /* Not wanted: splice (the answer lies in one buffer, which is copied once), HANDLE_KILLPRIV (its second version
-     * would spare the getxattr before each write, but libfuse 3.14 does not know it; the first would leave us to
-     * guess), AUTO_INVAL_DATA (nobody else changes files). */
+    /* Not wanted: splice (the answer lies in one buffer, which is copied once), HANDLE_KILLPRIV (loop.c answers its second
+     * version, which libfuse 3.14 does not know), AUTO_INVAL_DATA (nobody else changes files). */
     unsigned want = FUSE_CAP_ASYNC_READ | FUSE_CAP_PARALLEL_DIROPS | FUSE_CAP_ATOMIC_O_TRUNC | FUSE_CAP_CACHE_SYMLINKS |
                     FUSE_CAP_ASYNC_DIO | FUSE_CAP_READDIRPLUS | FUSE_CAP_READDIRPLUS_AUTO | FUSE_CAP_EXPORT_SUPPORT;
     unsigned acl = FUSE_CAP_POSIX_ACL | FUSE_CAP_DONT_MASK; /* only together: the umask yields to a default ACL */

@@ -53,6 +53,8 @@ int adapter_make(fuse_req_t req, struct volume *v, uint64_t dir, const char *nam
 
 void op_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi);
 void op_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int to_set, struct fuse_file_info *fi);
+/* A change of content or owner by a caller who may not keep set-id bits ends them (file_remove_privs in the kernel). Inside. */
+int adapter_kill_suidgid(struct volume *v, uint64_t ino);
 void op_statfs(fuse_req_t req, fuse_ino_t ino);
 void op_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags);
 void op_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size);

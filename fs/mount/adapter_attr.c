@@ -50,6 +50,23 @@ void op_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
     fuse_reply_attr(req, &st, adapter_attr_timeout());
 }
 
+int adapter_kill_suidgid(struct volume *v, uint64_t ino)
+{
+    struct vattr attr;
+    int rc = vol_getattr(v, ino, &attr);
+
+    if (rc < 0 || !S_ISREG(attr.mode) || !(attr.mode & (S_ISUID | S_ISGID)))
+        return rc;
+    attr.mode &= ~(uint32_t)S_ISUID;
+    if (attr.mode & S_IXGRP)
+        attr.mode &= ~(uint32_t)S_ISGID;
+    rc = vol_setattr(v, ino, VOL_SET_MODE, &attr, &attr);
+    /* The kernel does not forget the mode by itself after a write. (Attributes alone are forgotten without any lock.) */
+    if (rc == 0)
+        fuse_lowlevel_notify_inval_inode(loop_session(), ino, -1, 0);
+    return rc;
+}
+
 static const int set_times =
     FUSE_SET_ATTR_ATIME | FUSE_SET_ATTR_MTIME | FUSE_SET_ATTR_CTIME | FUSE_SET_ATTR_ATIME_NOW | FUSE_SET_ATTR_MTIME_NOW;
 
@@ -100,6 +117,8 @@ void op_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int to_set, str
     if (rc == 0) {
         if (set & VOL_SET_MODE)
             rc = acl_follow_mode(v, ino, in.mode);
+        else if (loop_request()->kill_suidgid || (loop_kills_suidgid() && set & (VOL_SET_UID | VOL_SET_GID)))
+            rc = adapter_kill_suidgid(v, ino);
         if (rc == 0)
             rc = vol_setattr(v, ino, set, &in, &attr);
         adapter_leave(&a);

@@ -45,25 +45,12 @@ static void drop_handle(uint64_t ino, const struct fuse_file_info *fi)
     auth_handle_close(fi->fh);
 }
 
-/* A write by a caller who may not keep set-id bits ends them (file_remove_privs in the kernel). */
-static int kill_suidgid(struct volume *v, uint64_t ino)
-{
-    struct vattr attr;
-    int rc = vol_getattr(v, ino, &attr);
-
-    if (rc < 0 || !(attr.mode & (S_ISUID | S_ISGID)))
-        return rc;
-    attr.mode &= ~(uint32_t)S_ISUID;
-    if (attr.mode & S_IXGRP)
-        attr.mode &= ~(uint32_t)S_ISGID;
-    return vol_setattr(v, ino, VOL_SET_MODE, &attr, &attr);
-}
-
-/* With O_TRUNC in OPEN the kernel does not say whether the caller may keep set-id bits: only root may. */
 static int truncate_at_open(fuse_req_t req, struct volume *v, uint64_t ino)
 {
+    /* An older kernel does not say whether the caller may keep set-id bits: only root may. */
+    bool kill = loop_kills_suidgid() ? loop_request()->kill_suidgid : fuse_req_ctx(req)->uid != 0;
     struct vattr attr = {.size = 0};
-    int rc = fuse_req_ctx(req)->uid == 0 ? 0 : kill_suidgid(v, ino);
+    int rc = kill ? adapter_kill_suidgid(v, ino) : 0;
 
     return rc < 0 ? rc : vol_setattr(v, ino, VOL_SET_SIZE, &attr, &attr);
 }
@@ -147,7 +134,7 @@ void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_
 
     if (n == 0) {
         if (loop_request()->kill_suidgid)
-            n = kill_suidgid(v, ino);
+            n = adapter_kill_suidgid(v, ino);
         if (n == 0)
             n = vol_write(v, ino, (uint64_t)off, buf, size);
         life_leave();
@@ -184,7 +171,11 @@ void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t len
     int rc = life_enter_handle(fi->fh, &v);
 
     if (rc == 0) {
-        rc = vol_fallocate(v, ino, mode, (uint64_t)off, (uint64_t)len);
+        /* FALLOCATE does not tell: only root may keep set-id bits. */
+        if (loop_kills_suidgid() && fuse_req_ctx(req)->uid != 0)
+            rc = adapter_kill_suidgid(v, ino);
+        if (rc == 0)
+            rc = vol_fallocate(v, ino, mode, (uint64_t)off, (uint64_t)len);
         life_leave();
     }
     adapter_reply(req, rc);

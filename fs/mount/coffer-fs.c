@@ -6,6 +6,7 @@
  */
 #include "mount.h"
 
+#include <fcntl.h>
 #include <malloc.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -198,7 +199,7 @@ static int maintenance_key(struct key **ret_key, struct volume_params *ret_param
 
 static int format(void)
 {
-    struct store *data = store_fd_take(SERVER_FD_DATA), *log = store_fd_take(SERVER_FD_LOG);
+    struct store *data = store_fd_take(SERVER_FD_DATA, -1), *log = store_fd_take(SERVER_FD_LOG, -1);
     struct volume_params params;
     struct key *key = NULL;
     int rc = maintenance_key(&key, &params);
@@ -228,7 +229,7 @@ static int check(bool data)
 
     if (rc < 0)
         return 1;
-    rc = volume_open(store_fd_take(SERVER_FD_DATA), store_fd_take(SERVER_FD_LOG), key, params.id, &o, &v);
+    rc = volume_open(store_fd_take(SERVER_FD_DATA, -1), store_fd_take(SERVER_FD_LOG, -1), key, params.id, &o, &v);
     key_free(&key);
     if (rc < 0) {
         control_failed("the volume does not open: %s", strerror(-rc));
@@ -254,11 +255,14 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     bool data = false;
-    int rc;
+    int direct, rc;
 
     if (argc < 3)
         return usage();
     mount_config.name = argv[2];
+    /* Before anything else can have this number. */
+    direct = fcntl(SERVER_FD_DIRECT, F_GETFL);
+    mount_config.direct = direct >= 0 && (direct & O_DIRECT);
     for (int i = 3; i < argc; i++) {
         if (strcmp(argv[i], "--strict") == 0)
             mount_config.strict = true;

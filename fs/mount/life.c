@@ -146,11 +146,12 @@ static void move(enum life_state from, enum life_state to)
 
 /* --- opening --- */
 
-static struct store *store_dup(int fd)
+/* direct: the descriptor for transfers past the page cache, or -1. */
+static struct store *store_dup(int fd, int direct)
 {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 16);
 
-    return copy < 0 ? NULL : store_fd_take(copy);
+    return copy < 0 ? NULL : store_fd_take(copy, direct < 0 ? -1 : fcntl(direct, F_DUPFD_CLOEXEC, 16));
 }
 
 /* The kernel's references of before the locking are the engine's again. */
@@ -169,7 +170,8 @@ static void take_references(struct volume *v)
 static int open_stores(const struct key *key, const struct volume_params *params, struct volume **ret)
 {
     struct volume_options o = {.background = true, .on_damage = control_damage};
-    struct store *data = store_dup(SERVER_FD_DATA), *log = store_dup(SERVER_FD_LOG);
+    struct store *data = store_dup(SERVER_FD_DATA, mount_config.direct ? SERVER_FD_DIRECT : -1);
+    struct store *log = store_dup(SERVER_FD_LOG, -1);
 
     if (!data || !log) {
         if (data)

@@ -7,7 +7,9 @@
  *
  * Invariants:
  *  1. A request's bytes stay in its thread's `in` until it is answered; the answer is made in `out`.
- *  2. What libfuse 3.14 does not know is translated before it sees the request: TMPFILE is a CREATE with a flag.
+ *  2. What libfuse 3.14 does not know is translated before it sees the request (TMPFILE is a CREATE with a flag), and after it
+ *     has answered (INIT): with FUSE_HANDLE_KILLPRIV_V2 the kernel no longer asks for security.capability before every
+ *     write, and tells when set-id bits are to end.
  */
 #include "mount.h"
 
@@ -16,6 +18,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define THREADS     8
@@ -37,20 +40,45 @@ struct in_write {
     uint32_t size, write_flags;
 };
 
+struct in_setattr {
+    uint32_t valid;
+};
+
+struct in_open {
+    uint32_t flags, open_flags;
+};
+
+/* The answer begins the same. */
+struct in_init {
+    uint32_t major, minor, max_readahead, flags;
+};
+
+#define OPCODE_SETATTR 4
+#define OPCODE_OPEN    14
 #define OPCODE_WRITE   16
+#define OPCODE_INIT    26
 #define OPCODE_CREATE  35
 #define OPCODE_TMPFILE 51
 #define WRITE_KILL     (1u << 2)
+#define SETATTR_KILL   (1u << 11)
+#define OPEN_KILL      (1u << 0)
+#define INIT_KILLPRIV  (1u << 28)
 
 static struct fuse_session *session;
 static void (*on_end)(void);
 static atomic_bool ended;
 static pthread_mutex_t lead_lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local struct loop_request request;
+static bool killpriv;
 
 struct loop_request *loop_request(void)
 {
     return &request;
+}
+
+bool loop_kills_suidgid(void)
+{
+    return killpriv;
 }
 
 struct fuse_session *loop_session(void)
@@ -68,20 +96,60 @@ struct fuse_session *loop_session(void)
 static void translate(uint8_t *in, size_t n)
 {
     struct in_header h;
-    struct in_write w;
+    union {
+        struct in_write write;
+        struct in_setattr setattr;
+        struct in_open open;
+        struct in_init init;
+    } u = {0};
 
     memcpy(&h, in, sizeof(h));
+    memcpy(&u, in + sizeof(h), MIN(n - sizeof(h), sizeof(u)));
     request.opcode = h.opcode;
     request.kill_suidgid = false;
     request.tmpfile = false;
-    if (h.opcode == OPCODE_TMPFILE) {
+    switch (h.opcode) {
+    case OPCODE_TMPFILE:
         request.tmpfile = true;
         h.opcode = OPCODE_CREATE;
         memcpy(in, &h, sizeof(h));
-    } else if (h.opcode == OPCODE_WRITE && n >= sizeof(h) + sizeof(w)) {
-        memcpy(&w, in + sizeof(h), sizeof(w));
-        request.kill_suidgid = w.write_flags & WRITE_KILL;
+        break;
+    case OPCODE_WRITE:
+        request.kill_suidgid = u.write.write_flags & WRITE_KILL;
+        break;
+    case OPCODE_SETATTR:
+        request.kill_suidgid = u.setattr.valid & SETATTR_KILL;
+        break;
+    case OPCODE_OPEN:
+        request.kill_suidgid = u.open.open_flags & OPEN_KILL;
+        break;
+    case OPCODE_INIT:
+        killpriv = u.init.flags & INIT_KILLPRIV;
+        break;
     }
+}
+
+/* Every answer and notification passes here. */
+static ssize_t send_answer(int fd, struct iovec *iov, int count, void *userdata)
+{
+    uint32_t flags;
+
+    (void)userdata;
+    if (killpriv && request.opcode == OPCODE_INIT && count == 2 && iov[1].iov_len >= sizeof(struct in_init)) {
+        uint8_t *at = (uint8_t *)iov[1].iov_base + offsetof(struct in_init, flags);
+
+        memcpy(&flags, at, sizeof(flags));
+        flags |= INIT_KILLPRIV;
+        memcpy(at, &flags, sizeof(flags));
+    }
+    return writev(fd, iov, count);
+}
+
+static ssize_t no_read(int fd, void *buf, size_t n, void *userdata)
+{
+    (void)fd, (void)buf, (void)n, (void)userdata;
+    errno = EIO; /* libfuse is handed what we read */
+    return -1;
 }
 
 /* Reads one request. Its length; 0: there is none; -errno: the mount is gone. */
@@ -189,11 +257,13 @@ static int serve_init(void)
 
 int loop_start(struct fuse_session *se, void (*end)(void))
 {
+    static const struct fuse_custom_io io = {.writev = send_answer, .read = no_read};
     int rc;
 
     on_end = end;
-    if (fuse_session_mount(se, "/dev/fd/7") != 0) /* takes the descriptor: nothing is mounted here */
-        return -EBADF;
+    rc = fuse_session_custom_io(se, &io, SERVER_FD_FUSE);
+    if (rc != 0)
+        return rc < 0 ? rc : -EINVAL;
     fcntl(SERVER_FD_FUSE, F_SETFL, fcntl(SERVER_FD_FUSE, F_GETFL) | O_NONBLOCK);
     rc = serve_init();
     for (unsigned i = 0; i < THREADS && rc == 0; i++) {
@@ -205,5 +275,3 @@ int loop_start(struct fuse_session *se, void (*end)(void))
     }
     return rc;
 }
-
-_Static_assert(SERVER_FD_FUSE == 7, "the path in loop_start");

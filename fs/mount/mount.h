@@ -32,6 +32,7 @@ struct mount_config {
     const char *name;
     bool database; /* write-through */
     bool strict;   /* attributes are asked for at every use */
+    bool direct;   /* SERVER_FD_DIRECT is there */
 };
 extern struct mount_config mount_config;
 
@@ -148,10 +149,12 @@ int loop_start(struct fuse_session *se, void (*on_end)(void));
 struct loop_request {
     uint8_t *out;       /* MOUNT_IO_MAX bytes for the answer, page-aligned; the request's own bytes are elsewhere */
     uint32_t opcode;    /* the kernel's */
-    bool kill_suidgid;  /* WRITE, CREATE: the caller's write ends set-id bits */
+    bool kill_suidgid;  /* WRITE, SETATTR, OPEN: the change of content ends set-id bits */
     bool tmpfile;       /* CREATE is really TMPFILE */
 };
 struct loop_request *loop_request(void);
+/* Has the kernel left it to us to end set-id bits (FUSE_HANDLE_KILLPRIV_V2)? */
+bool loop_kills_suidgid(void);
 
 /* --- adapter.c --- */
 

@@ -478,7 +478,8 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     p = fsproc_new(name, &nobody, NULL);
     take_channel(p, pair[0]);
     p->agent_generation = fds->agent_generation;
-    rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse}, 5, &p->process,
+    rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->direct},
+                       fds->direct < 0 ? 5 : 6, &p->process,
                        &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0) {

@@ -24,6 +24,7 @@ struct fsproc_owner {
 /* The descriptors that a new server gets; they stay the caller's. */
 struct fsproc_fds {
     int agent, data, log, fuse;
+    int direct; /* or -1 */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
 };
 

@@ -188,17 +188,37 @@ int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, st
     return 0;
 }
 
+/* The same file for transfers past the page cache; -1 where its filesystem has no such thing. */
+static int open_direct(int data)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", data);
+    return open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+}
+
 /* --- the FUSE mount --- */
 
-static void set_readahead(const char *dev)
+/*
+ * What INIT cannot say (Documentation/ABI/testing/sysfs-class-bdi). The kernel reads ahead 128 KiB, and lets a FUSE file system
+ * have 1 % of the dirty memory that all file systems together may have, so that every writer waits for the server. Half of
+ * it is enough to collect writes in, and a server that hangs cannot hold up the rest of the host's.
+ */
+static void tune_bdi(const char *dev)
 {
-    char *path = xasprintf("/sys/class/bdi/%s/read_ahead_kb", dev);
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    static const struct {
+        const char *name, *value;
+    } knobs[] = {{"read_ahead_kb", "1024"}, {"max_ratio", "50"}};
 
-    if (fd < 0 || write_full(fd, "1024", 4) < 0)
-        log_info("cannot set %s (reads are slower)", path);
-    close_quiet(fd);
-    free(path);
+    for (size_t i = 0; i < ARRAY_LEN(knobs); i++) {
+        char *path = xasprintf("/sys/class/bdi/%s/%s", dev, knobs[i].name);
+        int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+        if (fd < 0 || write_full(fd, knobs[i].value, strlen(knobs[i].value)) < 0)
+            log_info("cannot set %s (the volume is slower)", path);
+        close_quiet(fd);
+        free(path);
+    }
 }
 
 static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
@@ -224,7 +244,7 @@ static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
         goto out;
     }
     if (mountinfo_device(path, dev) == 0)
-        set_readahead(dev);
+        tune_bdi(dev);
     *ret_fd = fd;
     fd = -1;
 out:
@@ -390,12 +410,14 @@ static const struct fsproc_owner server_owner = {.died = server_died,
 
 static int server_start(struct plugin_volume *v, struct why *why)
 {
-    struct fsproc_fds fds = {-1, -1, -1, -1, supervisor_generation()};
+    struct fsproc_fds fds = {-1, -1, -1, -1, -1, supervisor_generation()};
     struct plugin_volume *ref = NULL;
     struct fsproc *fs = NULL;
     int rc;
 
     rc = mounts_open_backing(v, &fds.data, &fds.log, why);
+    if (rc == 0)
+        fds.direct = open_direct(fds.data);
     if (rc == 0)
         rc = fuse_mount(v, &fds.fuse, why);
     if (rc < 0)
@@ -420,6 +442,7 @@ out:
     registry_unref(ref);
     close_quiet(fds.agent);
     close_quiet(fds.data);
+    close_quiet(fds.direct);
     close_quiet(fds.log);
     close_quiet(fds.fuse);
     return rc;

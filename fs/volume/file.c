@@ -2,13 +2,13 @@
  * file.c - the content of regular files: ranges of blocks, extents, small files inline, truncation, holes.
  *
  * Invariants:
- *  1. Content changes only under the inode's stripe lock held exclusively; so a reader, who holds it shared, can read and
- *     open extents without the state lock: their units stay as they are.
+ *  1. Content changes only under the inode's stripe lock held exclusively; so a reader, who holds it shared, can read
+ * and open extents without the state lock: their units stay as they are.
  *  2. Bytes of the last block past the end of the file are zero, in the extent and in INLINE items (which may also be
  *     shorter than the file: the rest is zeroes). So a file that grows needs no zeroing.
  *  3. An extent is written to `data` before the record that names it is logged.
- *  4. A transaction frees at most STEP_RANGES ranges; what is larger is done in several, under a TRIM item where a crash
- *     between them would show (blocks past the end of the file).
+ *  4. A transaction frees at most STEP_RANGES ranges; what is larger is done in several, under a TRIM item where a
+ * crash between them would show (blocks past the end of the file).
  */
 #include "fs/volume/log.h"
 #include "fs/volume/space.h"
@@ -39,8 +39,8 @@ static int range_decode(const struct tree_key *key, const uint8_t *value, struct
 {
     const struct disk_range *d = (const struct disk_range *)value;
 
-    *ret = (struct range){.block = key->b, .count = le16_get(d->count), .extent = le64_get(d->extent),
-                          .first = le16_get(d->first)};
+    *ret = (struct range){
+        .block = key->b, .count = le16_get(d->count), .extent = le64_get(d->extent), .first = le16_get(d->first)};
     return 0;
 }
 
@@ -96,8 +96,8 @@ static int tx_extent(struct tx *tx, uint64_t id, struct extent *ret)
 static int tx_put_range(struct tx *tx, uint64_t ino, const struct range *r)
 {
     struct tree_key key = tree_key(ITEM_RANGE, ino, r->block);
-    struct disk_range d = {.extent = le64_make(r->extent), .first = le16_make((uint16_t)r->first),
-                           .count = le16_make((uint16_t)r->count)};
+    struct disk_range d = {
+        .extent = le64_make(r->extent), .first = le16_make((uint16_t)r->first), .count = le16_make((uint16_t)r->count)};
 
     return tx_put(tx, &key, &d, sizeof(d));
 }
@@ -110,7 +110,8 @@ static int tx_put_extent(struct tx *tx, const struct extent *e)
     return tx_put(tx, &key, value, extent_encode(e, value));
 }
 
-/* Drops one reference on each of count chunks; frees those that have none left, and the record with the last of them. */
+/* Drops one reference on each of count chunks; frees those that have none left, and the record with the last of them.
+ */
 static int tx_unref(struct tx *tx, uint64_t id, unsigned first, unsigned count)
 {
     unsigned units = tx->v->block_units;
@@ -168,8 +169,8 @@ static int tx_unmap(struct tx *tx, uint64_t ino, uint64_t lo, uint64_t hi, unsig
         else if (rc == 0)
             rc = tx_del(tx, &(struct tree_key){.kind = ITEM_RANGE, .a = ino, .b = r.block});
         if (rc == 0 && r.block + r.count > to)
-            rc = tx_put_range(tx, ino, &(struct range){to, r.block + r.count - to, r.extent,
-                                                       r.first + (unsigned)(to - r.block)});
+            rc = tx_put_range(
+                tx, ino, &(struct range){to, r.block + r.count - to, r.extent, r.first + (unsigned)(to - r.block)});
         if (rc < 0)
             return rc;
         *freed += to - from;
@@ -188,7 +189,8 @@ struct piece {
 };
 
 /* [state shared] What blocks lo .. hi - 1 are made of; the rest is holes. *ret_pieces is malloc'ed. */
-static int map_pieces(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi, struct piece **ret_pieces, size_t *ret_n)
+static int map_pieces(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi, struct piece **ret_pieces,
+                      size_t *ret_n)
 {
     struct piece *p = NULL;
     size_t n = 0;
@@ -227,53 +229,119 @@ static int map_pieces(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi, 
     return 0;
 }
 
-static int read_piece(struct volume *v, uint64_t ino, const struct piece *p, uint8_t *plain)
+static void piece_damaged(struct volume *v, uint64_t ino, const struct piece *p, const char *what)
 {
-    int rc = extent_read(v->keys, v->data, &p->extent, v->block, p->first, (unsigned)p->count, plain);
+    volume_damage(v, "data: inode %llu, blocks %llu to %llu, extent %llu at unit %llu: %s", (unsigned long long)ino,
+                  (unsigned long long)p->block, (unsigned long long)(p->block + p->count - 1),
+                  (unsigned long long)p->extent.id, (unsigned long long)p->extent.addr, what);
+}
+
+static uint64_t piece_off(const struct volume *v, const struct piece *p)
+{
+    return p->extent.addr * UNIT_BYTES + (uint64_t)p->first * v->block;
+}
+
+static size_t piece_bytes(const struct volume *v, const struct piece *p)
+{
+    return (size_t)p->count * v->block;
+}
+
+/* How many of the n pieces lie in a row in `data`, up to IO_BUFFER_BYTES. */
+static size_t pieces_in_row(const struct volume *v, const struct piece *p, size_t n)
+{
+    size_t bytes = piece_bytes(v, p), k = 1;
+
+    while (k < n && piece_off(v, &p[k]) == piece_off(v, p) + bytes && bytes + piece_bytes(v, &p[k]) <= IO_BUFFER_BYTES)
+        bytes += piece_bytes(v, &p[k++]);
+    return k;
+}
+
+/* The wanted part of a file: n bytes from off into buf. */
+struct wanted {
+    uint64_t off;
+    size_t n;
+    uint8_t *buf;
+};
+
+/* Opens a piece whose ciphertext is there, and puts what is wanted of it into its place. */
+static int open_piece(struct volume *v, uint64_t ino, const struct piece *p, uint8_t *cipher, const struct wanted *w)
+{
+    uint64_t start = p->block * v->block, end = start + piece_bytes(v, p);
+    uint64_t from = MAX(start, w->off), to = MIN(end, w->off + w->n);
+    uint8_t *plain = w->buf + (from - w->off), *bounce = NULL;
+    int rc;
+
+    if (from != start || to != end)
+        plain = bounce = xmalloc(end - start);
+    rc = extent_open(v->keys, &p->extent, v->block, p->first, (unsigned)p->count, cipher, plain);
+    if (bounce) {
+        if (rc == 0)
+            memcpy(w->buf + (from - w->off), bounce + (from - start), to - from);
+        explicit_bzero(bounce, end - start);
+        free(bounce);
+    }
+    if (rc < 0)
+        piece_damaged(v, ino, p, "does not authenticate");
+    return rc < 0 ? -EIO : 0;
+}
+
+/* Pieces that lie in a row: one read. */
+static int read_row(struct volume *v, uint64_t ino, const struct piece *p, size_t n, uint8_t *cipher, const struct wanted *w)
+{
+    struct iovec iov = {cipher, piece_off(v, &p[n - 1]) + piece_bytes(v, &p[n - 1]) - piece_off(v, p)};
+    int rc = v->data->ops->readv(v->data, &iov, 1, piece_off(v, p));
 
     if (rc < 0) {
-        volume_damage(v, "data: inode %llu, blocks %llu to %llu, extent %llu at unit %llu: %s", (unsigned long long)ino,
-                      (unsigned long long)p->block, (unsigned long long)(p->block + p->count - 1),
-                      (unsigned long long)p->extent.id, (unsigned long long)p->extent.addr,
-                      rc == -EBADMSG ? "does not authenticate" : "cannot be read");
+        piece_damaged(v, ino, p, "cannot be read");
         return -EIO;
     }
-    return 0;
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        rc = open_piece(v, ino, &p[i], cipher, w);
+        cipher += piece_bytes(v, &p[i]);
+    }
+    return rc;
+}
+
+/* Zeroes what is wanted and in no piece. */
+static void zero_holes(struct volume *v, const struct piece *p, size_t n, const struct wanted *w)
+{
+    uint64_t at = w->off;
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t start = p[i].block * v->block;
+
+        if (start > at)
+            memset(w->buf + (at - w->off), 0, start - at);
+        at = start + piece_bytes(v, &p[i]);
+    }
+    if (at < w->off + w->n)
+        memset(w->buf + (at - w->off), 0, w->off + w->n - at);
 }
 
 /* [stripe] Reads bytes off .. off + n - 1 of a file that is not inline. */
 static int read_blocks(struct volume *v, uint64_t ino, uint64_t off, uint8_t *buf, size_t n)
 {
+    struct wanted w = {off, n, buf};
     struct piece *pieces = NULL;
-    uint8_t *bounce = NULL;
-    uint64_t at = off;
+    uint8_t *cipher = NULL;
     size_t count = 0;
     int rc;
 
     pthread_rwlock_rdlock(&v->state);
     rc = map_pieces(v, ino, off / v->block, blocks_of(v, off + n), &pieces, &count);
     pthread_rwlock_unlock(&v->state);
-    for (size_t i = 0; i < count && rc == 0; i++) {
-        uint64_t start = pieces[i].block * v->block, end = start + pieces[i].count * v->block;
-        uint64_t from = MAX(start, off), to = MIN(end, off + n);
+    if (rc < 0)
+        return rc;
+    zero_holes(v, pieces, count, &w);
+    if (count)
+        cipher = io_buffer_get(v);
+    for (size_t i = 0; i < count && rc == 0;) {
+        size_t k = pieces_in_row(v, pieces + i, count - i);
 
-        memset(buf + (at - off), 0, from - at);
-        if (from == start && to == end) {
-            rc = read_piece(v, ino, &pieces[i], buf + (from - off));
-        } else {
-            if (!bounce)
-                bounce = xmalloc(EXTENT_BYTES);
-            rc = read_piece(v, ino, &pieces[i], bounce);
-            if (rc == 0)
-                memcpy(buf + (from - off), bounce + (from - start), to - from);
-        }
-        at = to;
+        rc = read_row(v, ino, pieces + i, k, cipher, &w);
+        i += k;
     }
-    if (rc == 0)
-        memset(buf + (at - off), 0, off + n - at);
-    if (bounce)
-        explicit_bzero(bounce, EXTENT_BYTES);
-    free(bounce);
+    io_buffer_put(v, cipher);
     free(pieces);
     return rc;
 }
@@ -334,7 +402,25 @@ struct batch {
     struct extent extent[WRITE_MAX / 4096 + 2];
     uint64_t block[WRITE_MAX / 4096 + 2];
     size_t n;
+    uint8_t *cipher; /* theirs, in a row, after PAGE bytes; from io_buffer_get */
+    bool ride;       /* they ride in their log record: PAYLOAD_MAX bytes at most */
 };
+
+static struct batch *batch_new(void)
+{
+    struct batch *b = xmalloc(sizeof(*b));
+
+    b->n = 0;
+    b->cipher = NULL;
+    b->ride = false;
+    return b;
+}
+
+static void batch_free(struct volume *v, struct batch *b)
+{
+    io_buffer_put(v, b->cipher);
+    free(b);
+}
 
 static void batch_cancel(struct volume *v, struct batch *b)
 {
@@ -343,35 +429,79 @@ static void batch_cancel(struct volume *v, struct batch *b)
     b->n = 0;
 }
 
-/* Seals and writes count blocks of plain as extents for the file's blocks from `block` on. On failure nothing is held. */
+/* Large writes start on their way to the disk at once: the flush that comes finds less to do. */
+#define WRITEBACK_BYTES (64u << 10)
+
+/* Seals extents first .. n - 1 of the batch, which lie in a row, and writes them with one call. */
+static int batch_put(struct volume *v, struct batch *b, size_t first, uint8_t *cipher, const uint8_t *plain)
+{
+    uint64_t off = b->extent[first].addr * UNIT_BYTES, bytes = 0;
+    struct iovec iov;
+    int rc;
+
+    for (size_t i = first; i < b->n; i++) {
+        extent_seal(v->keys, &b->extent[i], v->block, plain + bytes, cipher + bytes);
+        bytes += (uint64_t)b->extent[i].chunks * v->block;
+    }
+    iov = (struct iovec){cipher, bytes};
+    rc = v->data->ops->writev(v->data, &iov, 1, off);
+    if (rc == 0 && bytes >= WRITEBACK_BYTES)
+        v->data->ops->writeback(v->data, off, bytes);
+    return rc;
+}
+
+/* Cuts count blocks at addr into extents that begin at multiples of their size in the file, so that overwriting in
+ * pieces of it frees whole ones. */
+static void batch_cut(struct volume *v, struct batch *b, uint64_t block, uint64_t count, uint64_t addr)
+{
+    unsigned most = EXTENT_BYTES / v->block;
+
+    while (count) {
+        struct extent *e = &b->extent[b->n];
+
+        e->id = atomic_fetch_add(&v->next_extent, 1);
+        e->addr = addr;
+        e->birth = 0;
+        e->chunks = (uint8_t)MIN(count, most - block % most);
+        b->block[b->n++] = block;
+        block += e->chunks;
+        count -= e->chunks;
+        addr += (uint64_t)e->chunks * v->block_units;
+    }
+}
+
+/* Seals and writes count blocks of plain as extents for the file's blocks from `block` on. On failure nothing is held.
+ */
 static int batch_write(struct volume *v, struct batch *b, uint64_t block, uint64_t count, const uint8_t *plain,
                        bool grows)
 {
     unsigned most = EXTENT_BYTES / v->block;
+    uint8_t *cipher;
     int rc = 0;
 
     b->n = 0;
+    if (!b->cipher)
+        b->cipher = io_buffer_get(v);
+    cipher = b->cipher;
     while (count && rc == 0) {
-        /* Extents begin at multiples of their size in the file, so that overwriting in pieces of it frees whole ones. */
-        uint64_t want = MIN(count, most - block % most);
-        struct extent *e = &b->extent[b->n];
-        int64_t got;
+        size_t first = b->n;
+        uint64_t addr, want = MIN(count, most - block % most);
+        int64_t got =
+            space_alloc(v->space, count * v->block_units, want * v->block_units, v->block_units, !grows, &addr);
 
-        got = space_alloc(v->space, want * v->block_units, v->block_units, !grows, &e->addr);
         if (got < 0) {
             rc = (int)got;
             break;
         }
-        b->block[b->n++] = block;
-        e->id = atomic_fetch_add(&v->next_extent, 1);
-        e->chunks = (uint8_t)((uint64_t)got / v->block_units);
-        e->birth = 0;
-        rc = extent_write(v->keys, v->data, e, v->block, plain);
+        got /= v->block_units;
+        batch_cut(v, b, block, (uint64_t)got, addr);
+        rc = batch_put(v, b, first, cipher, plain);
         if (rc < 0 && rc != -ENOSPC)
             rc = volume_fail(v, "writing data", rc);
-        block += e->chunks;
-        count -= e->chunks;
-        plain += (size_t)e->chunks * v->block;
+        block += (uint64_t)got;
+        count -= (uint64_t)got;
+        plain += (size_t)got * v->block;
+        cipher += (size_t)got * v->block;
     }
     if (rc < 0)
         batch_cancel(v, b);
@@ -397,8 +527,8 @@ static uint64_t batch_end(const struct batch *b)
     return b->block[b->n - 1] + b->extent[b->n - 1].chunks;
 }
 
-/* Puts a batch into the file's map. What was there was taken out before, with one tx_unmap: that sees the committed map,
- * not what this transaction has put. */
+/* Puts a batch into the file's map. What was there was taken out before, with one tx_unmap: that sees the committed
+ * map, not what this transaction has put. */
 static int tx_map(struct tx *tx, struct inode *inode, const struct batch *b)
 {
     struct volume *v = tx->v;
@@ -475,6 +605,11 @@ static int commit_batch(struct volume *v, uint64_t ino, struct batch *b, const s
         batch_cancel(v, b);
         return rc;
     }
+    if (b->ride && b->n) {
+        tx.payload = b->cipher;
+        for (size_t i = 0; i < b->n; i++)
+            tx.payload_bytes += (size_t)b->extent[i].chunks * v->block;
+    }
     return tx_commit(&tx);
 }
 
@@ -496,7 +631,8 @@ static int read_old(struct volume *v, const struct inode *inode, uint64_t off, u
 }
 
 /* [stripe exclusive] A write that leaves the file inline. buf NULL writes zeroes. */
-static int write_inline(struct volume *v, const struct inode *old, uint64_t off, const void *buf, size_t n, uint64_t size)
+static int write_inline(struct volume *v, const struct inode *old, uint64_t off, const void *buf, size_t n,
+                        uint64_t size)
 {
     struct tree_key key = tree_key(ITEM_INLINE, old->ino, 0);
     uint8_t content[INLINE_MAX] = {0};
@@ -526,32 +662,39 @@ static int write_inline(struct volume *v, const struct inode *old, uint64_t off,
     return rc < 0 ? tx_abort(&tx, rc) : tx_commit(&tx);
 }
 
-/* [stripe exclusive] Writes n <= WRITE_MAX bytes into blocks; an inline file becomes one of blocks. buf NULL: zeroes, at the
- * edge of a hole that is being made; that may use the reserve. */
+/* [stripe exclusive] The content of an inline file of blocks-to-be goes into its first block. */
+static int convert_inline(struct volume *v, const struct inode *inode)
+{
+    uint8_t *plain = xcalloc(1, v->block);
+    struct batch *b = batch_new();
+    int rc = read_old(v, inode, 0, plain, v->block);
+
+    if (rc == 0)
+        rc = batch_write_hard(v, b, 0, 1, plain, true);
+    if (rc == 0)
+        rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true, true});
+    batch_free(v, b);
+    free(plain);
+    return rc;
+}
+
+/* [stripe exclusive] Writes n <= WRITE_MAX bytes into blocks; an inline file becomes one of blocks. buf NULL: zeroes,
+ * at the edge of a hole that is being made; that may use the reserve. */
 static int write_blocks(struct volume *v, const struct inode *inode, uint64_t off, const uint8_t *buf, size_t n,
-                        uint64_t size)
+                        uint64_t size, bool ride)
 {
     bool grows = buf || n == 0;
-    /* The content of an inline file is in its first block: that is written along. */
-    bool convert = inode->flags & INODE_INLINE;
     uint64_t lo = off / v->block, hi = blocks_of(v, off + n);
-    struct batch *b = xmalloc(sizeof(*b));
+    struct batch *b = batch_new();
     uint8_t *plain = NULL;
     int rc = 0;
 
-    if (convert && inode->size > 0 && lo > 0) {
-        plain = xcalloc(1, v->block);
-        rc = read_old(v, inode, 0, plain, v->block);
-        if (rc == 0)
-            rc = batch_write_hard(v, b, 0, 1, plain, true);
-        if (rc == 0)
-            rc = commit_batch(v, inode->ino, b, &(struct change){inode->size, true, true, true});
-        if (rc < 0)
-            goto out;
-        free(plain);
-        plain = NULL;
-    }
-    b->n = 0;
+    /* Where the first block is written, an inline file's content is written along. */
+    if ((inode->flags & INODE_INLINE) && inode->size > 0 && lo > 0)
+        rc = convert_inline(v, inode);
+    if (rc < 0)
+        goto out;
+    b->ride = ride;
     if (n && (!buf || off % v->block || (off + n) % v->block)) {
         uint64_t start = lo * v->block, end = hi * v->block;
 
@@ -574,7 +717,7 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
         rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows, false});
 out:
     free(plain);
-    free(b);
+    batch_free(v, b);
     return rc;
 }
 
@@ -589,12 +732,91 @@ static int get_regular(struct volume *v, uint64_t ino, struct inode *ret)
     return rc < 0 ? rc : regular(ret);
 }
 
-ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+/* --- which writes ride in the log --- */
+
+/*
+ * A file that is written and synced in turns costs one flush a turn, of the log, if what is written rides there. So:
+ * small writes of a file that had few of them before its last sync. (Others are cheaper in `data` alone, where they are
+ * in any case.)
+ */
+#define RIDE_WRITES 8
+
+/* Notes a write; true: let it ride. */
+static bool note_write(struct volume *v, uint64_t ino, uint64_t off, size_t n)
+{
+    struct sync_pattern *p = &v->pattern[ino % SYNC_PATTERNS];
+    bool small = blocks_of(v, off + n) - off / v->block <= PAYLOAD_MAX / v->block, ride;
+
+    pthread_mutex_lock(&v->pattern_mutex);
+    ride = p->ino == ino && small && p->before <= RIDE_WRITES && p->since < RIDE_WRITES;
+    if (p->ino == ino && p->since < UINT32_MAX)
+        p->since++;
+    pthread_mutex_unlock(&v->pattern_mutex);
+    return ride;
+}
+
+void file_note_sync(struct volume *v, uint64_t ino)
+{
+    struct sync_pattern *p = &v->pattern[ino % SYNC_PATTERNS];
+
+    pthread_mutex_lock(&v->pattern_mutex);
+    *p = (struct sync_pattern){.ino = ino, .before = p->ino == ino ? p->since : 0};
+    pthread_mutex_unlock(&v->pattern_mutex);
+}
+
+/* --- vol_write --- */
+
+static ssize_t write_any(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool ride)
 {
     pthread_rwlock_t *stripe = inode_lock(v, ino);
     struct inode inode;
-    uint64_t size;
     int rc;
+
+    pthread_rwlock_wrlock(stripe);
+    rc = get_regular(v, ino, &inode);
+    if (rc == 0) {
+        uint64_t size = MAX(inode.size, off + n);
+
+        if ((inode.flags & INODE_INLINE) && size <= INLINE_MAX)
+            rc = write_inline(v, &inode, off, buf, n, size);
+        else
+            rc = write_blocks(v, &inode, off, buf, n, size, ride);
+    }
+    pthread_rwlock_unlock(stripe);
+    return rc < 0 ? rc : (ssize_t)n;
+}
+
+/* Whole blocks need nothing of what the file holds: they are sealed and written before its lock is taken, so that
+ * several writes of one file go on side by side. */
+static ssize_t write_aligned(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool ride)
+{
+    pthread_rwlock_t *stripe = inode_lock(v, ino);
+    struct batch *b = batch_new();
+    uint64_t lo = off / v->block;
+    struct inode inode;
+    int rc;
+
+    b->ride = ride;
+    rc = batch_write_hard(v, b, lo, n / v->block, buf, true);
+    if (rc < 0)
+        goto out;
+    pthread_rwlock_wrlock(stripe);
+    rc = get_regular(v, ino, &inode);
+    if (rc == 0 && (inode.flags & INODE_INLINE) && inode.size > 0 && lo > 0)
+        rc = convert_inline(v, &inode);
+    if (rc < 0)
+        batch_cancel(v, b);
+    else
+        rc = commit_batch(v, ino, b, &(struct change){MAX(inode.size, off + n), true, true, false});
+    pthread_rwlock_unlock(stripe);
+out:
+    batch_free(v, b);
+    return rc < 0 ? rc : (ssize_t)n;
+}
+
+ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+{
+    bool ride;
 
     if (n > WRITE_MAX)
         return -EINVAL;
@@ -604,17 +826,9 @@ ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf,
         return v->failed ? -EIO : -EROFS;
     if (n == 0)
         return 0;
-    pthread_rwlock_wrlock(stripe);
-    rc = get_regular(v, ino, &inode);
-    if (rc == 0) {
-        size = MAX(inode.size, off + n);
-        if ((inode.flags & INODE_INLINE) && size <= INLINE_MAX)
-            rc = write_inline(v, &inode, off, buf, n, size);
-        else
-            rc = write_blocks(v, &inode, off, buf, n, size);
-    }
-    pthread_rwlock_unlock(stripe);
-    return rc < 0 ? rc : (ssize_t)n;
+    ride = note_write(v, ino, off, n);
+    return off % v->block || n % v->block ? write_any(v, ino, off, buf, n, ride)
+                                          : write_aligned(v, ino, off, buf, n, ride);
 }
 
 /* --- freeing --- */
@@ -697,7 +911,7 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
 {
     struct tree_key key = tree_key(ITEM_TRIM, old->ino, 0);
     uint64_t keep = blocks_of(v, size), freed = 0, tail = size % v->block;
-    struct batch *b = xmalloc(sizeof(*b));
+    struct batch *b = batch_new();
     le64 from = le64_make(keep);
     uint8_t *plain = NULL;
     struct inode inode;
@@ -705,7 +919,6 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
     struct tx tx;
     int rc = 0, done = 0;
 
-    b->n = 0;
     pthread_rwlock_rdlock(&v->state);
     rc = tail ? range_at(v, old->ino, keep - 1, &r) : -ENOENT;
     pthread_rwlock_unlock(&v->state);
@@ -748,7 +961,7 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
         rc = finish_trim(v, old->ino, keep);
 out:
     free(plain);
-    free(b);
+    batch_free(v, b);
     return rc;
 }
 
@@ -765,11 +978,11 @@ static int set_size(struct volume *v, const struct inode *inode, uint64_t size)
         int rc = read_old(v, inode, 0, content, inode->size);
 
         if (rc == 0)
-            rc = write_blocks(v, inode, 0, content, inode->size, size);
+            rc = write_blocks(v, inode, 0, content, inode->size, size, false);
         free(content);
         return rc;
     }
-    return write_blocks(v, inode, 0, NULL, 0, size);
+    return write_blocks(v, inode, 0, NULL, 0, size, false);
 }
 
 int file_set_size(struct volume *v, uint64_t ino, uint64_t size)
@@ -804,11 +1017,11 @@ static int zero_range(struct volume *v, const struct inode *inode, uint64_t off,
     lo = blocks_of(v, off);
     hi = end == inode->size ? blocks_of(v, end) : end / v->block;
     if (lo >= hi)
-        return write_blocks(v, inode, off, NULL, end - off, inode->size);
+        return write_blocks(v, inode, off, NULL, end - off, inode->size, false);
     if (off < lo * v->block)
-        rc = write_blocks(v, inode, off, NULL, lo * v->block - off, inode->size);
+        rc = write_blocks(v, inode, off, NULL, lo * v->block - off, inode->size, false);
     if (rc == 0 && end > hi * v->block)
-        rc = write_blocks(v, inode, hi * v->block, NULL, end - hi * v->block, inode->size);
+        rc = write_blocks(v, inode, hi * v->block, NULL, end - hi * v->block, inode->size, false);
     if (rc == 0)
         rc = free_blocks(v, inode->ino, lo, hi, true);
     return rc;

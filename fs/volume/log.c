@@ -83,19 +83,20 @@ bool log_wants_checkpoint(struct log *l)
     return wants;
 }
 
-static void reserve(struct log *l, size_t body, struct log_slot *ret_slot)
+static void reserve(struct log *l, size_t body, size_t payload, struct log_slot *ret_slot)
 {
     ret_slot->bytes = record_bytes(body);
+    ret_slot->payload = payload;
     ret_slot->generation = l->generation;
     ret_slot->sector = l->sector;
     ret_slot->sequence = ++l->sequence;
-    l->sector += ret_slot->bytes / SECTOR_BYTES;
+    l->sector += (ret_slot->bytes + payload) / SECTOR_BYTES;
 }
 
-void log_reserve(struct log *l, size_t body, bool with_data, struct log_slot *ret_slot)
+void log_reserve(struct log *l, size_t body, size_t payload, bool with_data, struct log_slot *ret_slot)
 {
     pthread_mutex_lock(&l->mutex);
-    reserve(l, body, ret_slot);
+    reserve(l, body, payload, ret_slot);
     l->promised = false;
     if (with_data)
         l->data_needed = ret_slot->sequence;
@@ -125,24 +126,26 @@ static int wait_written(struct volume *v, uint64_t sequence)
 
 /* Seals and writes one record at its place. */
 static int put_record(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body,
-                      size_t n, uint64_t flushed, uint64_t data_flushed)
+                      size_t n, const uint8_t *payload, uint64_t flushed, uint64_t data_flushed)
 {
     struct disk_record head = {.type = le16_make((uint16_t)type), .sequence = le64_make(slot->sequence),
                                .flushed = le64_make(flushed), .data_flushed = le64_make(data_flushed),
-                               .mount_id = le64_make(v->options.mount_id)};
+                               .mount_id = le64_make(v->options.mount_id),
+                               .payload_sectors = le32_make((uint32_t)(slot->payload / SECTOR_BYTES))};
     uint64_t segment = slot->generation % LOG_SEGMENTS;
     uint8_t *buf = xmalloc(slot->bytes);
-    struct iovec iov = {buf, slot->bytes};
+    struct iovec iov[2] = {{buf, slot->bytes}, {(uint8_t *)(uintptr_t)payload, slot->payload}};
     int rc;
 
     record_seal(v->keys, slot->generation, slot->sector, &head, body, n, buf);
-    rc = v->logstore->ops->writev(v->logstore, &iov, 1,
+    rc = v->logstore->ops->writev(v->logstore, iov, slot->payload ? 2 : 1,
                                   (segment * v->log->segment_sectors + slot->sector) * SECTOR_BYTES);
     free(buf);
     return rc;
 }
 
-int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n)
+int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n,
+              const uint8_t *payload)
 {
     struct log *l = v->log;
     uint64_t flushed, data_flushed;
@@ -153,7 +156,7 @@ int log_write(struct volume *v, const struct log_slot *slot, enum record_type ty
     data_flushed = l->data_flushed;
     pthread_mutex_unlock(&l->mutex);
     /* After a failure nothing may be written: a later record must not stand behind one that is missing. */
-    rc = v->failed ? -EIO : put_record(v, slot, type, body, n, flushed, data_flushed);
+    rc = v->failed ? -EIO : put_record(v, slot, type, body, n, payload, flushed, data_flushed);
     if (rc < 0)
         return volume_fail(v, "writing the log", rc);
     pthread_mutex_lock(&l->mutex);
@@ -204,11 +207,11 @@ static int flush_data(struct volume *v, uint64_t goal)
     kept = l->promised ? record_bytes(log_body_max(l)) / SECTOR_BYTES : 0;
     room = l->sector + 1 + kept <= l->segment_sectors && l->sequence - l->written < INFLIGHT_MAX - 4;
     if (room)
-        reserve(l, 0, &slot);
+        reserve(l, 0, 0, &slot);
     pthread_mutex_unlock(&l->mutex);
     if (!room)
         return 0;
-    rc = v->failed ? -EIO : put_record(v, &slot, RECORD_FLUSH, NULL, 0, flushed, goal);
+    rc = v->failed ? -EIO : put_record(v, &slot, RECORD_FLUSH, NULL, 0, NULL, flushed, goal);
     if (rc < 0)
         return rc;
     pthread_mutex_lock(&l->mutex);

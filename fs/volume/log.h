@@ -16,14 +16,14 @@
 
 struct log_slot {
     uint64_t generation, sequence, sector;
-    size_t bytes;
+    size_t bytes, payload; /* of the sealed part, and of what is behind it */
 };
 
 /* A log whose last record was `sequence`, that goes on in the segment of `generation` at its start. */
 struct log *log_new(uint64_t segment_bytes, uint64_t generation, uint64_t sequence);
 void log_free(struct log *l);
 
-/* The largest body of a record (RECORD_BODY_MAX, less where segments are small). */
+/* The largest body of a record, payload included (RECORD_BODY_MAX, less where segments are small). */
 size_t log_body_max(const struct log *l);
 /* [state exclusive] Is there room for a record of the largest size, and for FLUSH records beside it? If so it is kept until
  * the next log_reserve. */
@@ -31,10 +31,12 @@ bool log_has_room(struct log *l);
 /* More than half full: time for a checkpoint. */
 bool log_wants_checkpoint(struct log *l);
 
-/* [state exclusive] with_data: the record names extents that were written but perhaps not flushed. */
-void log_reserve(struct log *l, size_t body, bool with_data, struct log_slot *ret_slot);
-/* 0 or -EIO (the volume has failed). */
-int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n);
+/* [state exclusive] For a record of a body and a payload of so many bytes. with_data: it names extents that are written but
+ * perhaps not flushed, and not in its payload. */
+void log_reserve(struct log *l, size_t body, size_t payload, bool with_data, struct log_slot *ret_slot);
+/* payload: slot->payload bytes. 0 or -EIO (the volume has failed). */
+int log_write(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body, size_t n,
+              const uint8_t *payload);
 
 /* Waits until all records up to sequence are written (not: durable). 0 or -EIO. */
 int log_wait(struct volume *v, uint64_t sequence);

@@ -10,7 +10,8 @@
  * it was never acknowledged as durable, and the state is a prefix of history.
  *
  * Extents named by records above the highest sequence whose extents are known to be durable are read; the row ends before the
- * first record that has a bad one. A bad extent below is damage: it stays, and reads of it give EIO.
+ * first record that has a bad one. A bad extent below is damage: it stays, and reads of it give EIO. Extents that ride in
+ * their record's payload are taken from there and written to their place again: `data` need not have them.
  */
 #include "fs/volume/recovery.h"
 
@@ -80,11 +81,14 @@ struct record {
     struct disk_record head;
     uint64_t sequence;
     uint8_t *body;
+    const uint8_t *payload; /* in a segment */
+    uint32_t bad;           /* bit i: the payload's i-th extent does not authenticate */
 };
 
 struct row {
     struct record *record;
     size_t n, cap;
+    uint8_t *segment[LOG_SEGMENTS];
 };
 
 static void row_free(struct row *r)
@@ -92,6 +96,8 @@ static void row_free(struct row *r)
     for (size_t i = 0; i < r->n; i++)
         free(r->record[i].body);
     free(r->record);
+    for (size_t i = 0; i < LOG_SEGMENTS; i++)
+        free(r->segment[i]);
 }
 
 /* Collects every record of a generation that authenticates, in order of place. */
@@ -104,15 +110,14 @@ static int scan_segment(struct volume *v, uint64_t generation, struct row *row)
     int rc = -EIO;
 
     if (size >= 0 && (uint64_t)size >= off + bytes) {
-        segment = xmalloc(bytes);
+        row->segment[generation % LOG_SEGMENTS] = segment = xmalloc(bytes);
         iov = (struct iovec){segment, bytes};
         rc = v->logstore->ops->readv(v->logstore, &iov, 1, off);
     }
     if (rc < 0) {
         volume_damage(v, "log: segment %llu cannot be read (%s)", (unsigned long long)(generation % LOG_SEGMENTS),
                       strerror(-rc));
-        rc = -EIO;
-        goto out;
+        return -EIO;
     }
     for (uint64_t sector = 0; sector < bytes / SECTOR_BYTES;) {
         struct record r = {0};
@@ -125,16 +130,14 @@ static int scan_segment(struct volume *v, uint64_t generation, struct row *row)
         }
         r.sequence = le64_get(r.head.sequence);
         sector += le32_get(r.head.sectors);
+        r.payload = segment + (sector - le32_get(r.head.payload_sectors)) * SECTOR_BYTES;
         if (row->n == row->cap) {
             row->cap = row->cap ? row->cap * 2 : 256;
             row->record = xrealloc(row->record, row->cap * sizeof(*row->record));
         }
         row->record[row->n++] = r;
     }
-    rc = 0;
-out:
-    free(segment);
-    return rc;
+    return 0;
 }
 
 /* The number of records that follow each other from sequence `last` on. -EIO when a durable one is missing. */
@@ -171,51 +174,88 @@ static bool extent_readable(struct volume *v, const struct extent *e)
     return rc == 0;
 }
 
-/* Are all extents that this record brings readable? A record brings an extent when it also allocates its units. */
-static bool record_readable(struct volume *v, const uint8_t *body, size_t len)
+/* The extents that a record brings: those whose units it also allocates. Calls visit for each, until it returns nonzero, which is
+ * returned; -EUCLEAN when one is malformed. */
+typedef int (*fresh_fn)(struct volume *v, struct record *r, unsigned index, size_t payload_off, const struct extent *e);
+
+static int for_each_fresh(struct volume *v, struct record *r, fresh_fn visit)
 {
+    size_t len = le32_get(r->head.body_bytes), n = 0, off = 0;
     uint64_t allocated[EXTENT_CHUNKS_MAX * 32];
-    size_t n = 0;
+    unsigned index = 0;
 
     for (size_t at = 0; at + sizeof(struct disk_change) <= len;) {
-        const struct disk_change *c = (const struct disk_change *)(body + at);
+        const struct disk_change *c = (const struct disk_change *)(r->body + at);
 
         if (c->op == CHANGE_ALLOC && n < ARRAY_LEN(allocated))
             allocated[n++] = be64_get(c->key.a);
         at += sizeof(*c) + le16_get(c->len);
     }
     for (size_t at = 0; at + sizeof(struct disk_change) <= len;) {
-        const struct disk_change *c = (const struct disk_change *)(body + at);
+        const struct disk_change *c = (const struct disk_change *)(r->body + at);
         size_t vlen = le16_get(c->len);
         struct extent e;
         bool fresh = false;
+        int rc;
 
         at += sizeof(*c) + vlen;
         if (c->op != CHANGE_PUT || c->key.kind != ITEM_EXTENT || at > len)
             continue;
         if (extent_decode(be64_get(c->key.a), (const uint8_t *)(c + 1), vlen, &e) < 0)
-            return false;
+            return -EUCLEAN;
         for (size_t i = 0; i < n && !fresh; i++)
             fresh = allocated[i] == e.addr;
-        if (fresh && !extent_readable(v, &e))
-            return false;
+        rc = fresh ? visit(v, r, index++, off, &e) : 0;
+        if (rc)
+            return rc;
+        off += fresh ? (size_t)e.chunks * v->block : 0;
     }
-    return true;
+    return 0;
 }
 
-static size_t cut_unreadable(struct volume *v, const struct row *row, size_t n)
+static bool in_payload(const struct volume *v, const struct record *r, unsigned index, size_t off, const struct extent *e)
+{
+    return index < 32 && off + (size_t)e->chunks * v->block <= (size_t)le32_get(r->head.payload_sectors) * SECTOR_BYTES;
+}
+
+/* Nonzero when the extent is neither in the payload nor in `data`. */
+static int look_for(struct volume *v, struct record *r, unsigned index, size_t off, const struct extent *e)
+{
+    if (in_payload(v, r, index, off, e)) {
+        if (extent_verify(v->keys, e, v->block, r->payload + off) == 0)
+            return 0;
+        r->bad |= 1u << index;
+    }
+    return extent_readable(v, e) ? 0 : -EBADMSG;
+}
+
+/* Cuts the row before the first record that brings an extent which never reached the disk. What was known to have done so
+ * stays, and is damage. */
+static size_t cut_unreadable(struct volume *v, struct row *row, size_t n)
 {
     uint64_t data_flushed = le64_get(v->super.sequence);
 
     for (size_t i = 0; i < row->n; i++)
         data_flushed = MAX(data_flushed, le64_get(row->record[i].head.data_flushed));
     for (size_t i = 0; i < n; i++) {
-        const struct record *r = &row->record[i];
+        struct record *r = &row->record[i];
+        bool flushed = r->sequence <= data_flushed;
 
-        if (r->sequence > data_flushed && !record_readable(v, r->body, le32_get(r->head.body_bytes)))
+        if (flushed && !le32_get(r->head.payload_sectors))
+            continue;
+        if (for_each_fresh(v, r, look_for) < 0 && !flushed)
             return i;
     }
     return n;
+}
+
+static int put_back(struct volume *v, struct record *r, unsigned index, size_t off, const struct extent *e)
+{
+    struct iovec iov = {(uint8_t *)(uintptr_t)r->payload + off, (size_t)e->chunks * v->block};
+
+    if (!in_payload(v, r, index, off, e) || (r->bad >> index & 1))
+        return 0;
+    return v->data->ops->writev(v->data, &iov, 1, e->addr * UNIT_BYTES);
 }
 
 /* --- the whole --- */
@@ -241,10 +281,12 @@ int recovery_replay(struct volume *v)
         goto out;
     n = (int64_t)cut_unreadable(v, &row, (size_t)n);
     for (int64_t i = 0; i < n && rc == 0; i++) {
-        const struct record *r = &row.record[i];
+        struct record *r = &row.record[i];
 
         if (le16_get(r->head.type) == RECORD_CHANGES)
             rc = tx_replay(v, r->body, le32_get(r->head.body_bytes));
+        if (rc == 0 && le32_get(r->head.payload_sectors))
+            rc = for_each_fresh(v, r, put_back);
         if (rc < 0)
             volume_damage(v, "log: record %llu cannot be applied (%s)", (unsigned long long)r->sequence, strerror(-rc));
     }

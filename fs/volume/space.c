@@ -6,9 +6,9 @@
  *  2. used + inflight + the released runs' units + free_units = regions * REGION_UNITS.
  *  3. run_hint of a region is never below its longest free run.
  *  4. a region whose used bits differ from its SPACE item has dirty set; `dirty` counts these.
- *  5. whole = number of groups (NODE_UNITS units at a multiple of that) of which all units are free; region->whole is its
- *     share. Nodes are put into whole groups. The reserve is whole groups: free units in smaller pieces are for data only,
- *     or a volume that is full of single blocks could not write the checkpoint that it needs to delete one.
+ *  5. whole = number of groups (NODE_UNITS units at a multiple of that) of which all units are free; region->whole is
+ * its share. Nodes are put into whole groups. The reserve is whole groups: free units in smaller pieces are for data
+ * only, or a volume that is full of single blocks could not write the checkpoint that it needs to delete one.
  */
 #include "fs/volume/space.h"
 
@@ -140,8 +140,11 @@ static void add_region(struct space *s)
 {
     struct region *r = &s->region[s->regions++];
 
-    *r = (struct region){.used = xcalloc(WORDS, 8), .busy = xcalloc(WORDS, 8), .free = REGION_UNITS,
-                         .whole = REGION_UNITS / NODE_UNITS, .run_hint = REGION_UNITS};
+    *r = (struct region){.used = xcalloc(WORDS, 8),
+                         .busy = xcalloc(WORDS, 8),
+                         .free = REGION_UNITS,
+                         .whole = REGION_UNITS / NODE_UNITS,
+                         .run_hint = REGION_UNITS};
     set_dirty(s, r, true);
     s->free_units += REGION_UNITS;
     s->whole += REGION_UNITS / NODE_UNITS;
@@ -297,7 +300,7 @@ static bool may_break(const struct space *s, uint64_t want, bool from_reserve)
     return s->whole * NODE_UNITS >= keep + want + 2 * NODE_UNITS;
 }
 
-int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr)
+int64_t space_alloc(struct space *s, uint64_t most, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr)
 {
     uint64_t region = 0, reserve = from_reserve ? s->reserve / 2 : s->reserve;
     bool scraps = false;
@@ -309,7 +312,10 @@ int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_res
         rc = -ENOSPC;
         goto out;
     }
-    while (rc == 0) {
+    if (most > want && s->used + s->inflight + most + reserve <= s->limit && s->free_units >= most + reserve &&
+        may_break(s, most, from_reserve) && find_full(s, (uint32_t)most, &region, &at))
+        got = (uint32_t)most;
+    while (rc == 0 && !got) {
         if (s->free_units >= want + reserve && may_break(s, want, from_reserve)) {
             if (find_full(s, (uint32_t)want, &region, &at))
                 got = (uint32_t)want;
@@ -600,4 +606,3 @@ void space_thaw(struct space *s)
     s->frozen.n = 0;
     pthread_mutex_unlock(&s->mutex);
 }
-

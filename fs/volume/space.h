@@ -26,11 +26,11 @@ void space_free(struct space *s);
 void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[REGION_UNITS / 8]);
 
 /*
- * Finds a run of `want` units, or else the longest shorter one that is a multiple of `step`, and makes it busy. Grows
- * `data` where it must. Returns the units got, -ENOSPC (limit, backing filesystem, or only the reserve is left), -EIO.
+ * Finds a run of `most` units, or else one of `want`, or else the longest shorter one that is a multiple of `step`, and makes it
+ * busy. Grows `data` where it must for `want`. Returns the units got, -ENOSPC (limit, backing filesystem, or only the reserve is left), -EIO.
  * from_reserve: half of the reserve may be used (truncates and holes, which need a block to free more).
  */
-int64_t space_alloc(struct space *s, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr);
+int64_t space_alloc(struct space *s, uint64_t most, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr);
 void space_cancel(struct space *s, uint64_t addr, uint64_t units);
 /* busy -> used; in recovery also free -> used. -EUCLEAN when it is used already or out of bounds. */
 int space_commit(struct space *s, uint64_t addr, uint64_t units);

@@ -24,6 +24,10 @@
 #include <stdatomic.h>
 
 #define INODE_STRIPES 256
+#define SYNC_PATTERNS 256
+
+#define IO_BUFFER_BYTES ((1u << 20) + (32u << 10)) /* 1 MiB that is not aligned has a part of a block at either end */
+#define IO_BUFFERS      8
 
 struct space; /* space.h */
 struct log;   /* log.h */
@@ -54,6 +58,18 @@ struct volume {
     pthread_mutex_t checkpoint_mutex;
     pthread_mutex_t sync_mutex;
 
+    /* Memory for ciphertext on its way, kept since new memory is slow; freed when the volume is idle. */
+    pthread_mutex_t io_mutex;
+    uint8_t *io_buffer[IO_BUFFERS]; /* [io_mutex] */
+    unsigned io_buffers;            /* [io_mutex] */
+
+    /* How files are written and synced, of those whose sync was seen last (file.c). */
+    pthread_mutex_t pattern_mutex;
+    struct sync_pattern {
+        uint64_t ino;
+        uint32_t before, since; /* writes between the last two syncs, and since the last */
+    } pattern[SYNC_PATTERNS]; /* [pattern_mutex] */
+
     _Atomic bool failed;
     bool read_only;
     bool space_lost; /* the bitmaps could not be read: read-only, and recovery changes none */
@@ -80,6 +96,10 @@ static inline pthread_rwlock_t *inode_lock(struct volume *v, uint64_t ino)
 {
     return &v->stripes[(ino * 0x9e3779b97f4a7c15ull) >> 56];
 }
+
+/* IO_BUFFER_BYTES, aligned to STORE_ALIGN, with EXTENT_SLACK_* around; put takes it back (NULL: nothing). */
+uint8_t *io_buffer_get(struct volume *v);
+void io_buffer_put(struct volume *v, uint8_t *buffer);
 
 /* Drops clean nodes past the cache's size, if there are any. Called without locks after reads. */
 void volume_trim(struct volume *v);
@@ -119,5 +139,7 @@ int file_destroy(struct volume *v, uint64_t ino);
 int file_set_size(struct volume *v, uint64_t ino, uint64_t size);
 /* Finishes what a TRIM item says. Called without locks, or during recovery. */
 int file_finish_trim(struct volume *v, uint64_t ino);
+/* A sync of the file was asked for. */
+void file_note_sync(struct volume *v, uint64_t ino);
 
 #endif

@@ -238,9 +238,11 @@ int tx_commit(struct tx *tx)
         return tx_abort(tx, 0);
     if (tx->body_len > log_body_max(v->log))
         return tx_abort(tx, -EMSGSIZE); /* an operation that failed to split itself: refused whole */
-    for (size_t i = 0; i < tx->changes; i++)
+    if (record_bytes(tx->body_len) + tx->payload_bytes > record_bytes(log_body_max(v->log)))
+        tx->payload_bytes = 0;
+    for (size_t i = 0; i < tx->changes && !tx->payload_bytes; i++)
         with_data |= tx->change[i].op == CHANGE_ALLOC;
-    log_reserve(v->log, tx->body_len, with_data, &slot);
+    log_reserve(v->log, tx->body_len, tx->payload_bytes, with_data, &slot);
     for (size_t i = 0; i < tx->changes && rc == 0; i++) {
         const struct tx_change *c = &tx->change[i];
 
@@ -253,7 +255,7 @@ int tx_commit(struct tx *tx)
     kick = log_wants_checkpoint(v->log) || tree_dirty_nodes(v->tree) > v->dirty_max / 2;
     pthread_rwlock_unlock(&v->state);
     if (rc == 0)
-        rc = log_write(v, &slot, RECORD_CHANGES, tx->body, tx->body_len);
+        rc = log_write(v, &slot, RECORD_CHANGES, tx->body, tx->body_len, tx->payload);
     tx_free_buffers(tx);
     volume_kick(v, kick);
     return rc;

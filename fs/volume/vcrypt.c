@@ -2,8 +2,8 @@
  * vcrypt.c - see vcrypt.h and FORMAT.md, which name every key, nonce, MAC and what binds what.
  *
  * Owns the subkeys (struct vkeys, in locked memory). Ciphertext of extents goes between memory and `data` without a
- * copy: a chunk's ciphertext is the middle of its secretstream message, so messages lie in a buffer with stride block +
- * 17 and the I/O vectors name their middles.
+ * copy: a chunk's ciphertext is the middle of its secretstream message, whose ends lie over its neighbours' while it is sealed
+ * or opened.
  */
 #include "fs/volume/vcrypt.h"
 
@@ -14,6 +14,7 @@
 #define TAG_MESSAGE   crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
 #define TAG_FINAL     crypto_secretstream_xchacha20poly1305_TAG_FINAL
 
+_Static_assert(EXTENT_SLACK_BEFORE + EXTENT_SLACK_AFTER == STREAM_ABYTES, "a message's ends");
 _Static_assert(STREAM_ABYTES == sizeof(struct disk_chunk), "a message is a tag, the ciphertext and a MAC");
 _Static_assert(EXTENT_HEADER == crypto_secretstream_xchacha20poly1305_HEADERBYTES, "stream header");
 _Static_assert(NONCE_BYTES == crypto_aead_xchacha20poly1305_ietf_NPUBBYTES, "nonce");
@@ -202,44 +203,27 @@ static struct extent_ad extent_ad(const struct vkeys *k, const struct extent *e)
     return ad;
 }
 
-/* Seals chunks into messages at buf (stride block + STREAM_ABYTES) and fills in header and chunk records. */
-static void seal_chunks(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *buf)
+void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *cipher)
 {
     struct extent_ad ad = extent_ad(k, e);
-    size_t stride = block + STREAM_ABYTES;
     stream_state state;
 
+    e->suite = SUITE_XCHACHA20;
+    e->epoch = 0;
+    e->has_refs = false;
     crypto_secretstream_xchacha20poly1305_init_push(&state, e->header, k->data);
     for (unsigned i = 0; i < e->chunks; i++) {
-        uint8_t *m = buf + i * stride;
+        uint8_t *m = cipher + (size_t)i * block - 1, before = m[0];
 
+        e->ref[i] = 1;
         crypto_secretstream_xchacha20poly1305_push(&state, m, NULL, plain + (size_t)i * block, block,
                                                    (const uint8_t *)&ad, sizeof(ad),
                                                    i + 1 == e->chunks ? TAG_FINAL : TAG_MESSAGE);
         e->chunk[i].tag = m[0];
         memcpy(e->chunk[i].mac, m + 1 + block, MAC_BYTES);
+        m[0] = before;
     }
     sodium_memzero(&state, sizeof(state));
-}
-
-int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain)
-{
-    size_t stride = block + STREAM_ABYTES;
-    struct iovec iov[EXTENT_CHUNKS_MAX];
-    uint8_t *buf = xmalloc(e->chunks * stride);
-    int rc;
-
-    e->suite = SUITE_XCHACHA20;
-    e->epoch = 0;
-    e->has_refs = false;
-    for (unsigned i = 0; i < e->chunks; i++)
-        e->ref[i] = 1;
-    seal_chunks(k, e, block, plain, buf);
-    for (unsigned i = 0; i < e->chunks; i++)
-        iov[i] = (struct iovec){buf + i * stride + 1, block};
-    rc = data->ops->writev(data, iov, e->chunks, e->addr * UNIT_BYTES);
-    free(buf);
-    return rc;
 }
 
 /* The stream's state before chunk `first`: every message adds one to the counter and its MAC to the nonce. */
@@ -255,24 +239,26 @@ static int state_at(const struct vkeys *k, const struct extent *e, unsigned firs
     return 0;
 }
 
-static int open_chunks(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n,
-                       uint8_t *buf, uint8_t *plain)
+int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n, uint8_t *cipher,
+                uint8_t *plain)
 {
     struct extent_ad ad = extent_ad(k, e);
-    size_t stride = block + STREAM_ABYTES;
     stream_state state;
     int rc;
 
     rc = state_at(k, e, first, &state);
     for (unsigned i = 0; i < n && rc == 0; i++) {
-        uint8_t *m = buf + i * stride, tag, want = first + i + 1 == e->chunks ? TAG_FINAL : TAG_MESSAGE;
+        uint8_t *m = cipher + (size_t)i * block - 1, before = m[0], after[MAC_BYTES], tag;
 
+        memcpy(after, m + 1 + block, MAC_BYTES);
         m[0] = e->chunk[first + i].tag;
         memcpy(m + 1 + block, e->chunk[first + i].mac, MAC_BYTES);
-        if (crypto_secretstream_xchacha20poly1305_pull(&state, plain + (size_t)i * block, NULL, &tag, m, stride,
-                                                       (const uint8_t *)&ad, sizeof(ad)) ||
-            tag != want)
+        if (crypto_secretstream_xchacha20poly1305_pull(&state, plain + (size_t)i * block, NULL, &tag, m,
+                                                       block + STREAM_ABYTES, (const uint8_t *)&ad, sizeof(ad)) ||
+            tag != (first + i + 1 == e->chunks ? TAG_FINAL : TAG_MESSAGE))
             rc = -EBADMSG;
+        m[0] = before;
+        memcpy(m + 1 + block, after, MAC_BYTES);
     }
     sodium_memzero(&state, sizeof(state));
     if (rc < 0)
@@ -280,45 +266,68 @@ static int open_chunks(const struct vkeys *k, const struct extent *e, uint32_t b
     return rc;
 }
 
+/* Memory for n bytes of ciphertext, with its slack. */
+static uint8_t *slack_alloc(size_t n)
+{
+    return (uint8_t *)xmalloc(EXTENT_SLACK_BEFORE + n + EXTENT_SLACK_AFTER) + EXTENT_SLACK_BEFORE;
+}
+
+static void slack_free(uint8_t *cipher)
+{
+    free(cipher - EXTENT_SLACK_BEFORE);
+}
+
 int extent_read(const struct vkeys *k, struct store *data, const struct extent *e, uint32_t block, unsigned first,
                 unsigned n, uint8_t *plain)
 {
-    size_t stride = block + STREAM_ABYTES;
-    struct iovec iov[EXTENT_CHUNKS_MAX];
-    uint8_t *buf;
+    struct iovec iov;
+    uint8_t *cipher;
     int rc;
 
     if (n == 0 || n > e->chunks || first > e->chunks - n || (size_t)e->chunks * block > EXTENT_BYTES)
         return -EBADMSG;
-    buf = xmalloc(n * stride);
-    for (unsigned i = 0; i < n; i++)
-        iov[i] = (struct iovec){buf + i * stride + 1, block};
-    rc = data->ops->readv(data, iov, (int)n, e->addr * UNIT_BYTES + (uint64_t)first * block);
+    cipher = slack_alloc((size_t)n * block);
+    iov = (struct iovec){cipher, (size_t)n * block};
+    rc = data->ops->readv(data, &iov, 1, e->addr * UNIT_BYTES + (uint64_t)first * block);
     if (rc == 0)
-        rc = open_chunks(k, e, block, first, n, buf, plain);
-    free(buf);
+        rc = extent_open(k, e, block, first, n, cipher, plain);
+    slack_free(cipher);
+    return rc;
+}
+
+int extent_verify(const struct vkeys *k, const struct extent *e, uint32_t block, const uint8_t *cipher)
+{
+    size_t bytes = (size_t)e->chunks * block;
+    uint8_t *copy = slack_alloc(bytes), *plain = xmalloc(bytes);
+    int rc;
+
+    memcpy(copy, cipher, bytes);
+    rc = extent_open(k, e, block, 0, e->chunks, copy, plain);
+    sodium_memzero(plain, bytes);
+    free(plain);
+    slack_free(copy);
     return rc;
 }
 
 /* --- self-test --- */
 
-static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *plain, uint8_t *buf, uint8_t *copy,
-                       uint8_t *got)
+/* Every first chunk of an extent, against reading it in order; and a flipped bit is refused. */
+static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *plain, uint8_t *cipher, uint8_t *got)
 {
     const uint32_t block = 64;
     struct extent e = {.id = 7, .chunks = (uint8_t)chunks};
-    size_t stride = block + STREAM_ABYTES;
 
-    seal_chunks(k, &e, block, plain, buf);
+    extent_seal(k, &e, block, plain, cipher);
     for (unsigned first = 0; first < chunks; first++) {
-        memcpy(copy, buf + first * stride, (chunks - first) * stride);
-        if (open_chunks(k, &e, block, first, chunks - first, copy, got) < 0 ||
-            memcmp(got, plain + first * block, (chunks - first) * block) != 0)
+        uint8_t *at = cipher + (size_t)first * block;
+
+        if (extent_open(k, &e, block, first, chunks - first, at, got) < 0 ||
+            memcmp(got, plain + (size_t)first * block, (size_t)(chunks - first) * block) != 0)
             return -ENOTSUP;
-        memcpy(copy, buf + first * stride, stride);
-        copy[1] ^= 1;
-        if (open_chunks(k, &e, block, first, 1, copy, got) == 0)
+        at[0] ^= 1;
+        if (extent_open(k, &e, block, first, 1, at, got) == 0)
             return -ENOTSUP;
+        at[0] ^= 1;
     }
     return 0;
 }
@@ -326,7 +335,7 @@ static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *pl
 static int self_test(void)
 {
     static const uint8_t id[16] = "self-test volume";
-    uint8_t plain[EXTENT_CHUNKS_MAX * 64], buf[EXTENT_CHUNKS_MAX * (64 + STREAM_ABYTES)], copy[sizeof(buf)];
+    uint8_t plain[EXTENT_CHUNKS_MAX * 64], buf[EXTENT_SLACK_BEFORE + sizeof(plain) + EXTENT_SLACK_AFTER];
     uint8_t got[sizeof(plain)];
     struct key *key = key_new();
     struct vkeys *k = NULL;
@@ -338,7 +347,7 @@ static int self_test(void)
     randombytes_buf(plain, sizeof(plain));
     rc = vkeys_derive(key, id, &k);
     for (unsigned chunks = 1; chunks <= EXTENT_CHUNKS_MAX && rc == 0; chunks++)
-        rc = test_length(k, chunks, plain, buf, copy, got);
+        rc = test_length(k, chunks, plain, buf + EXTENT_SLACK_BEFORE, got);
     vkeys_free(k);
     key_free(&key);
     return rc;
@@ -380,7 +389,7 @@ void record_seal(const struct vkeys *k, uint64_t generation, uint64_t sector, st
     uint8_t *message = out + EXTENT_HEADER + HEAD_BYTES, *plain = xcalloc(1, padded ? padded : 1);
     stream_state state;
 
-    head->sectors = le32_make((uint32_t)(bytes / SECTOR_BYTES));
+    head->sectors = le32_make((uint32_t)(bytes / SECTOR_BYTES) + le32_get(head->payload_sectors));
     head->body_bytes = le32_make((uint32_t)n);
     if (n)
         memcpy(plain, body, n);
@@ -396,12 +405,13 @@ void record_seal(const struct vkeys *k, uint64_t generation, uint64_t sector, st
 
 static bool head_ok(const struct disk_record *h, size_t avail)
 {
-    size_t n = le32_get(h->body_bytes), sectors = le32_get(h->sectors);
+    size_t n = le32_get(h->body_bytes), sectors = le32_get(h->sectors), payload = le32_get(h->payload_sectors);
     uint16_t type = le16_get(h->type);
 
     return (type == RECORD_CHANGES || type == RECORD_FLUSH) && n <= RECORD_BODY_MAX &&
-           sectors * SECTOR_BYTES == record_bytes(n) && sectors * SECTOR_BYTES <= avail && le16_get(h->reserved) == 0 &&
-           le32_get(h->reserved2) == 0 && le64_get(h->reserved3) == 0 && (type != RECORD_FLUSH || n == 0);
+           payload <= PAYLOAD_MAX / SECTOR_BYTES && (n || !payload) &&
+           sectors * SECTOR_BYTES == record_bytes(n) + payload * SECTOR_BYTES && sectors * SECTOR_BYTES <= avail &&
+           le16_get(h->reserved) == 0 && le64_get(h->reserved3) == 0 && (type != RECORD_FLUSH || n == 0);
 }
 
 int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, const uint8_t *in, size_t avail,
@@ -420,7 +430,7 @@ int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, con
                                                    (const uint8_t *)&ad, sizeof(ad)) ||
         tag != TAG_MESSAGE || !head_ok(&head, avail))
         goto out;
-    padded = (size_t)le32_get(head.sectors) * SECTOR_BYTES - RECORD_OVERHEAD;
+    padded = record_bytes(le32_get(head.body_bytes)) - RECORD_OVERHEAD;
     body = xmalloc(padded);
     if (crypto_secretstream_xchacha20poly1305_pull(&state, body, NULL, &tag, in + EXTENT_HEADER + HEAD_BYTES,
                                                    padded + STREAM_ABYTES, (const uint8_t *)&ad, sizeof(ad)) ||

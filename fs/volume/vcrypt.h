@@ -47,24 +47,35 @@ size_t extent_encode(const struct extent *e, uint8_t out[EXTENT_ITEM_MAX]);
 int extent_decode(uint64_t id, const uint8_t *value, size_t len, struct extent *ret_extent);
 
 /*
- * Seals plain (chunks * block bytes) as extent e->id (id, addr, birth, chunks are set by the caller; the rest is filled in)
- * and writes the ciphertext at e->addr with one gathering write. Binds volume, extent id, chunk count. 0 or the store's
- * error.
+ * Ciphertext of an extent lies in a row, as in `data`. The buffers of extent_seal and extent_open must have
+ * EXTENT_SLACK_BEFORE writable bytes before it and EXTENT_SLACK_AFTER behind it: there, and in the neighbouring chunk, a
+ * message's tag and MAC are put for a moment.
  */
-int extent_write(const struct vkeys *k, struct store *data, struct extent *e, uint32_t block, const uint8_t *plain);
-/* Reads and opens chunks first .. first + n - 1 into plain. -EBADMSG when one does not authenticate (plain is then zeroed),
- * or the store's error. */
+#define EXTENT_SLACK_BEFORE 1
+#define EXTENT_SLACK_AFTER  MAC_BYTES
+
+/* Seals plain (chunks * block bytes) as extent e->id (id, addr, birth, chunks are set by the caller; the rest is filled in).
+ * Binds volume, extent id, chunk count. */
+void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *cipher);
+/* Opens chunks first .. first + n - 1, whose ciphertext is at cipher (and is the same afterwards, but for the slack). -EBADMSG when
+ * one does not authenticate; plain is then zeroed. */
+int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n, uint8_t *cipher,
+                uint8_t *plain);
+/* Reads and opens; -EBADMSG or the store's error. */
 int extent_read(const struct vkeys *k, struct store *data, const struct extent *e, uint32_t block, unsigned first,
                 unsigned n, uint8_t *plain);
+/* Does this ciphertext of a whole extent authenticate? It is not changed. 0 or -EBADMSG. */
+int extent_verify(const struct vkeys *k, const struct extent *e, uint32_t block, const uint8_t *cipher);
 
-/* Log records. Bytes on disk for a body of n bytes (a multiple of SECTOR_BYTES). */
+/* Log records. Bytes on disk for a body of n bytes, without a payload (a multiple of SECTOR_BYTES). */
 size_t record_bytes(size_t body);
-/* Seals head (sectors and body_bytes are filled in) and body as the record at sector of the segment of generation. out has
- * record_bytes(n). */
+/* Seals head (sectors and body_bytes are filled in; payload_sectors is the caller's) and body as the record at sector of the
+ * segment of generation. out has record_bytes(n); the payload belongs behind it. */
 void record_seal(const struct vkeys *k, uint64_t generation, uint64_t sector, struct disk_record *head,
                  const uint8_t *body, size_t n, uint8_t *out);
 /*
  * Opens the record at in (avail bytes to the segment's end). *ret_body is malloc'ed, head->body_bytes long (NULL when 0).
+ * The payload is not looked at: it is the last head->payload_sectors of head->sectors.
  * -EBADMSG: no valid record here (also when its length, type or reserved fields are impossible).
  */
 int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, const uint8_t *in, size_t avail,

@@ -59,6 +59,42 @@ int volume_sync_data(struct volume *v)
     return rc;
 }
 
+/* --- buffers --- */
+
+uint8_t *io_buffer_get(struct volume *v)
+{
+    uint8_t *b = NULL;
+
+    pthread_mutex_lock(&v->io_mutex);
+    if (v->io_buffers)
+        b = v->io_buffer[--v->io_buffers];
+    pthread_mutex_unlock(&v->io_mutex);
+    if (!b && posix_memalign((void **)&b, STORE_ALIGN, IO_BUFFER_BYTES + 2 * STORE_ALIGN))
+        abort();
+    return b + STORE_ALIGN;
+}
+
+void io_buffer_put(struct volume *v, uint8_t *buffer)
+{
+    uint8_t *b = buffer ? buffer - STORE_ALIGN : NULL;
+
+    pthread_mutex_lock(&v->io_mutex);
+    if (b && v->io_buffers < IO_BUFFERS) {
+        v->io_buffer[v->io_buffers++] = b;
+        b = NULL;
+    }
+    pthread_mutex_unlock(&v->io_mutex);
+    free(b);
+}
+
+static void io_buffers_free(struct volume *v)
+{
+    pthread_mutex_lock(&v->io_mutex);
+    while (v->io_buffers)
+        free(v->io_buffer[--v->io_buffers]);
+    pthread_mutex_unlock(&v->io_mutex);
+}
+
 void volume_trim(struct volume *v)
 {
     if (!tree_wants_trim(v->tree))
@@ -108,6 +144,8 @@ static struct volume *volume_new(struct store *data, struct store *log, const st
         pthread_rwlock_init(&v->stripes[i], NULL);
     pthread_mutex_init(&v->checkpoint_mutex, NULL);
     pthread_mutex_init(&v->sync_mutex, NULL);
+    pthread_mutex_init(&v->pattern_mutex, NULL);
+    pthread_mutex_init(&v->io_mutex, NULL);
     pthread_mutex_init(&v->thread_mutex, NULL);
     /* The 5 s of durability must not wait for a clock that was set back. */
     pthread_condattr_init(&steady);
@@ -130,6 +168,9 @@ static void volume_free(struct volume *v)
         pthread_rwlock_destroy(&v->stripes[i]);
     pthread_mutex_destroy(&v->checkpoint_mutex);
     pthread_mutex_destroy(&v->sync_mutex);
+    pthread_mutex_destroy(&v->pattern_mutex);
+    io_buffers_free(v);
+    pthread_mutex_destroy(&v->io_mutex);
     pthread_mutex_destroy(&v->thread_mutex);
     pthread_cond_destroy(&v->thread_cond);
     free(v);
@@ -396,6 +437,7 @@ static void *background(void *arg)
                 log_flush(v, log_sequence(v->log));
             volume_kick(v, false); /* until a checkpoint has made the state clean */
         }
+        io_buffers_free(v);
     }
     return NULL;
 }
@@ -478,7 +520,7 @@ int vol_sync(struct volume *v)
 /* The log is one row: what makes the last record durable makes all before it so, of whatever file. */
 int vol_fsync(struct volume *v, uint64_t ino, bool datasync)
 {
-    (void)ino;
     (void)datasync;
+    file_note_sync(v, ino);
     return vol_sync(v);
 }

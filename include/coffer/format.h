@@ -249,14 +249,15 @@ enum record_type {
 
 /*
  * On disk: 24 bytes secretstream header, the head as first message (17 + 64 bytes), the body padded with zeroes as second
- * and final message. The whole fills its sectors exactly. Additional data of both: disk_record_ad.
+ * and final message. This fills its sectors exactly. Additional data of both: disk_record_ad. Behind it, in sectors of its
+ * own, the payload: chunks as they belong into `data`.
  */
 struct disk_record {
     le16 type;
     le16 reserved;
     le32 sectors;      /* of the whole record */
     le32 body_bytes;   /* without padding */
-    le32 reserved2;
+    le32 payload_sectors; /* of the sectors: ciphertext of the extents that the body brings */
     le64 sequence;
     le64 flushed;      /* highest sequence known to be durable when this record was sealed */
     le64 data_flushed; /* highest sequence whose extents are known to be durable */
@@ -275,6 +276,7 @@ _Static_assert(sizeof(struct disk_record_ad) == 32, "disk_record_ad");
 
 #define RECORD_OVERHEAD (24u + 17u + 64u + 17u)
 #define RECORD_BODY_MAX (256u << 10)
+#define PAYLOAD_MAX     (64u << 10)
 #define LOG_SEGMENTS    2
 
 /* One change: this, and after a PUT its value. A, B of ALLOC and FREE: first unit, number of units. */

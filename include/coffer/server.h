@@ -20,6 +20,7 @@ enum server_fd {
     SERVER_FD_DATA = 5,    /* the backing files, open read-write */
     SERVER_FD_LOG = 6,
     SERVER_FD_FUSE = 7,    /* /dev/fuse, mounted by cofferd; only for serve */
+    SERVER_FD_DIRECT = 8,  /* `data` again, O_DIRECT; only for serve, and only where its filesystem can */
 };
 
 enum server_type {

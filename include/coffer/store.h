@@ -41,7 +41,12 @@ struct store {
     const struct store_ops *ops;
 };
 
-/* A store on an open read-write (or read-only) regular file, which it takes. Never NULL. */
-struct store *store_fd_take(int fd);
+/*
+ * A store on an open read-write (or read-only) regular file, which it takes. direct: the same file opened with O_DIRECT, taken
+ * too, or -1: large transfers between memory and offsets aligned to STORE_ALIGN go past the page cache, which saves a copy and
+ * the memory for it. Never NULL.
+ */
+#define STORE_ALIGN 4096
+struct store *store_fd_take(int fd, int direct);
 
 #endif

@@ -67,7 +67,7 @@ static struct store *file_store(struct fixture *f, const char *name)
     snprintf(path, sizeof(path), "%s/%s", f->dir, name);
     fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     assert_true(fd >= 0);
-    return store_fd_take(fd);
+    return store_fd_take(fd, -1);
 }
 
 static void open_volume(struct fixture *f, bool read_only)
@@ -998,7 +998,7 @@ static void test_check_space(void **state)
     uint64_t addr;
     struct tx tx;
 
-    assert_int_equal(space_alloc(f->v->space, 3, 1, false, &addr), 3);
+    assert_int_equal(space_alloc(f->v->space, 3, 3, 1, false, &addr), 3);
     assert_int_equal(tx_begin(f->v, &tx, true), 0);
     tx_alloc(&tx, addr, 3);
     assert_int_equal(tx_commit(&tx), 0);

@@ -51,7 +51,20 @@ static struct store *memory_store(void)
     int fd = memfd_create("test", MFD_CLOEXEC);
 
     assert_true(fd >= 0);
-    return store_fd_take(fd);
+    return store_fd_take(fd, -1);
+}
+
+static int extent_write(const struct vkeys *k, struct store *s, struct extent *e, uint32_t block, const uint8_t *plain)
+{
+    size_t n = (size_t)e->chunks * block;
+    uint8_t *buf = malloc(EXTENT_SLACK_BEFORE + n + EXTENT_SLACK_AFTER);
+    struct iovec iov = {buf + EXTENT_SLACK_BEFORE, n};
+    int rc;
+
+    extent_seal(k, e, block, plain, iov.iov_base);
+    rc = s->ops->writev(s, &iov, 1, e->addr * UNIT_BYTES);
+    free(buf);
+    return rc;
 }
 
 static void store_flip(struct store *s, uint64_t off)
@@ -489,10 +502,6 @@ static void test_record_heads(void **state)
     head = a_head(RECORD_CHANGES), head.reserved = le16_make(1);
     record_seal(ka, 1, 0, &head, body, sizeof(body), out);
     assert_int_equal(try_record(ka, 1, 0, out, 512), -EBADMSG);
-    head = a_head(RECORD_CHANGES), head.reserved2 = le32_make(1);
-    record_seal(ka, 1, 0, &head, body, sizeof(body), out);
-    assert_int_equal(try_record(ka, 1, 0, out, 512), -EBADMSG);
-    head = a_head(RECORD_CHANGES), head.reserved3 = le64_make(1);
     record_seal(ka, 1, 0, &head, body, sizeof(body), out);
     assert_int_equal(try_record(ka, 1, 0, out, 512), -EBADMSG);
 }
