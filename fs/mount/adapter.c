@@ -23,6 +23,7 @@
 
 #include "acl.h"
 
+#include <linux/fs.h>
 #include <stdlib.h>
 
 #define READAHEAD_MAX  (1u << 20)
@@ -329,12 +330,16 @@ static void op_rmdir(fuse_req_t req, fuse_ino_t parent, const char *name)
 static void op_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_ino_t newparent, const char *newname,
                       unsigned flags)
 {
+    const struct fuse_ctx *c = fuse_req_ctx(req);
     struct volume *v;
     struct auth a;
     int rc = adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        rc = vol_rename(v, parent, name, newparent, newname, flags);
+        if (flags & RENAME_WHITEOUT)
+            rc = vol_rename_whiteout(v, parent, name, newparent, newname, flags & ~RENAME_WHITEOUT, c->uid, c->gid);
+        else
+            rc = vol_rename(v, parent, name, newparent, newname, flags);
         adapter_leave(&a);
     }
     adapter_reply(req, rc);

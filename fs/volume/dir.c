@@ -563,7 +563,18 @@ static int do_exchange(struct tx *tx, struct renaming *r, const char *name, cons
     return rc < 0 ? rc : put_dirs(tx, r);
 }
 
-static int do_move(struct tx *tx, struct renaming *r, const char *newname)
+/* Leaves a character device 0:0 at the old name, the mark that overlayfs puts where something of a lower layer went. */
+static int put_whiteout(struct tx *tx, struct renaming *r, const char *name, const struct making *whiteout)
+{
+    struct inode i = new_inode(tx, &r->from_dir, whiteout->mode, whiteout->uid, whiteout->gid);
+    int rc = entry_put(tx, &r->from.key, name, &i);
+
+    r->from_dir.entries++;
+    return rc < 0 ? rc : tx_inode_put(tx, &i);
+}
+
+static int do_move(struct tx *tx, struct renaming *r, const char *name, const char *newname,
+                   const struct making *whiteout)
 {
     struct tree_key key = r->to.key;
     int rc;
@@ -586,6 +597,8 @@ static int do_move(struct tx *tx, struct renaming *r, const char *newname)
     rc = entry_put(tx, &key, newname, &r->moved);
     if (rc == 0)
         rc = tx_inode_put(tx, &r->moved);
+    if (rc == 0 && whiteout)
+        rc = put_whiteout(tx, r, name, whiteout);
     return rc < 0 ? rc : put_dirs(tx, r);
 }
 
@@ -600,7 +613,8 @@ static int check_loops(struct tx *tx, const struct renaming *r, uint64_t dir, ui
     return rc == 1 ? -EINVAL : rc;
 }
 
-static int do_rename(struct tx *tx, struct renaming *r, const char *name, const char *newname, unsigned flags)
+static int do_rename(struct tx *tx, struct renaming *r, const char *name, const char *newname, unsigned flags,
+                     const struct making *whiteout)
 {
     int rc = 0;
 
@@ -612,16 +626,19 @@ static int do_rename(struct tx *tx, struct renaming *r, const char *name, const 
         rc = check_replaced(r);
     if (rc == 0 && S_ISDIR(r->moved.mode) && !r->same_dir && r->to_dir.nlink >= VOLUME_LINK_MAX)
         rc = -EMLINK;
-    return rc < 0 ? rc : do_move(tx, r, newname);
+    return rc < 0 ? rc : do_move(tx, r, name, newname, whiteout);
 }
 
-int vol_rename(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname, unsigned flags)
+/* whiteout: what stays at the old name, or NULL. */
+static int rename_committed(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname,
+                            unsigned flags, const struct making *whiteout)
 {
     struct renaming r = {0};
     struct tx tx;
     int rc;
 
-    if ((flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE)) || flags == (RENAME_NOREPLACE | RENAME_EXCHANGE))
+    if ((flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE)) || flags == (RENAME_NOREPLACE | RENAME_EXCHANGE) ||
+        ((flags & RENAME_EXCHANGE) && whiteout))
         return -EINVAL;
     rc = name_ok(name);
     if (rc == 0)
@@ -639,10 +656,23 @@ int vol_rename(struct volume *v, uint64_t dir, const char *name, uint64_t newdir
     /* Two names of one inode: nothing to do, as POSIX says. */
     if (r.replaces && r.moved.ino == r.other.ino && !(flags & RENAME_NOREPLACE))
         return tx_abort(&tx, 0);
-    rc = do_rename(&tx, &r, name, newname, flags);
+    rc = do_rename(&tx, &r, name, newname, flags, whiteout);
     if (rc < 0)
         return tx_abort(&tx, rc);
     return commit_dropped(&tx, flags & RENAME_EXCHANGE ? &(struct inode){0} : &r.other);
+}
+
+int vol_rename(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname, unsigned flags)
+{
+    return rename_committed(v, dir, name, newdir, newname, flags, NULL);
+}
+
+int vol_rename_whiteout(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname,
+                        unsigned flags, uint32_t uid, uint32_t gid)
+{
+    const struct making whiteout = {.mode = S_IFCHR, .uid = uid, .gid = gid};
+
+    return rename_committed(v, dir, name, newdir, newname, flags, &whiteout);
 }
 
 /* --- listing --- */

@@ -131,8 +131,12 @@ ssize_t vol_readlink(struct volume *v, uint64_t ino, char *buf, size_t n);
 int vol_link(struct volume *v, uint64_t ino, uint64_t dir, const char *name, struct vattr *ret_attr);
 int vol_unlink(struct volume *v, uint64_t dir, const char *name);
 int vol_rmdir(struct volume *v, uint64_t dir, const char *name);
-/* flags: RENAME_NOREPLACE or RENAME_EXCHANGE (or RENAME_WHITEOUT, -EINVAL in this version). */
+/* flags: RENAME_NOREPLACE or RENAME_EXCHANGE; others, and both, are -EINVAL. */
 int vol_rename(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname, unsigned flags);
+/* The same in one step with a whiteout of that owner left at the old name (RENAME_WHITEOUT, which does not stand in
+ * flags; RENAME_EXCHANGE must not). No reference on the whiteout is taken. */
+int vol_rename_whiteout(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname,
+                        unsigned flags, uint32_t uid, uint32_t gid);
 
 /*
  * Lists entries after cookie (0: from the start; "." and ".." come first, cookies 1 and 2). Calls entry() for each until

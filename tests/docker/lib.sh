@@ -44,8 +44,13 @@ cofferd_start() {
 }
 
 cofferd_pid() { pgrep -f "^cofferd --root $T/c( |$)" | head -n 1 || true; }
-# server_pid VOLUME: the coffer-fs that serves it.
-server_pid() { pgrep -f "^coffer-fs serve $1( |\$)" | head -n 1 || true; }
+# server_pid VOLUME: the coffer-fs that serves it. (Another test's volume may have the same name: ours has files of ours.)
+server_pid() {
+    local pid
+    for pid in $(pgrep -f "^coffer-fs serve $1( |\$)"); do
+        if find "/proc/$pid/fd" -lname "$T/*" 2>/dev/null | grep -q .; then echo "$pid"; fi
+    done | head -n 1
+}
 agent_pid() { pgrep -P "$(cofferd_pid)" -x coffer-keyd | head -n 1 || true; }
 
 fixture_end() {

@@ -69,7 +69,8 @@ one_line 1 'busy' coffer umount "$T/b"
 exec 7<&-
 coffer umount "$T/b/" >/dev/null
 is 0 holders volume inspect v
-[ -z "$(server_pid v)" ] || fail "coffer-fs lives on"
+server_gone() { [ -z "$(server_pid v)" ]; }
+wait_for 5 server_gone # it checkpoints first
 coffer volume check v --data >/dev/null || fail "check"
 coffer mount v "$T/a" >/dev/null
 cmp "$T/data" "$T/a/dir/hard" || fail "after a new mount"

@@ -473,6 +473,36 @@ static void test_tmpfile(void **state)
 
 /* --- rename --- */
 
+static void test_rename_whiteout(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t dir = mk(f, ROOT, "dir", S_IFDIR), a = mk(f, ROOT, "a", S_IFREG), d = mk(f, dir, "d", S_IFDIR);
+    struct vattr w;
+
+    mk(f, dir, "b", S_IFREG);
+    assert_int_equal(vol_rename_whiteout(f->v, ROOT, "a", dir, "b", RENAME_EXCHANGE, 0, 0), -EINVAL);
+    assert_int_equal(vol_rename_whiteout(f->v, ROOT, "a", dir, "b", RENAME_NOREPLACE, 0, 0), -EEXIST);
+    assert_int_equal(vol_rename_whiteout(f->v, ROOT, "absent", dir, "b", 0, 0, 0), -ENOENT);
+    assert_int_equal(vol_rename_whiteout(f->v, ROOT, "a", dir, "b", 0, 3, 4), 0); /* over something */
+    assert_int_equal(vol_rename_whiteout(f->v, dir, "d", dir, "e", RENAME_NOREPLACE, 0, 0), 0);
+    for (int again = 0; again < 2; again++) {
+        assert_int_equal(find(f, dir, "b"), a);
+        assert_int_equal(find(f, dir, "e"), d);
+        w = attr(f, find(f, ROOT, "a"));
+        assert_true(w.mode == S_IFCHR && w.rdev == 0 && w.nlink == 1 && w.uid == 3 && w.gid == 4);
+        w = attr(f, find(f, dir, "d"));
+        assert_true(w.mode == S_IFCHR && w.rdev == 0);
+        assert_true(attr(f, dir).nlink == 3 && attr(f, ROOT).nlink == 3);
+        if (again == 0)
+            reopen(f);
+    }
+    assert_int_equal(vol_unlink(f->v, ROOT, "a"), 0);
+    assert_int_equal(vol_unlink(f->v, dir, "d"), 0);
+    assert_int_equal(vol_rmdir(f->v, dir, "e"), 0);
+    assert_int_equal(vol_unlink(f->v, dir, "b"), 0);
+    assert_int_equal(vol_rmdir(f->v, ROOT, "dir"), 0);
+}
+
 static void test_rename_file(void **state)
 {
     struct fixture *f = *state;
@@ -1189,6 +1219,7 @@ int main(void)
         TEST(test_link_max),
         TEST(test_tmpfile),
         TEST(test_rename_file),
+        TEST(test_rename_whiteout),
         TEST(test_rename_dir),
         TEST(test_collisions),
         TEST(test_readdir),
