@@ -63,6 +63,10 @@ check: all tests ## build and run the unit tests
 crash: tests ## cut the power in two million states (about an hour on two cores)
 	$(BUILD)/tests/crash/powercut --seed $$(date +%s) --distinct 2000000 --seconds 36000
 
+model: tests ## ten million random operations against the plain model, then as many by four threads
+	$(BUILD)/tests/model/model --seed $$(date +%s) --ops 10000000
+	$(BUILD)/tests/model/model --seed $$(date +%s) --ops 10000000 --threads 4
+
 define lib_rule
 $(BUILD)/lib$(1).a: $(call obj,$(SRC_$(1)))
 	@rm -f $$@
