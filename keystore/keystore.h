@@ -74,6 +74,8 @@ int keystore_volume_get(struct keystore *k, const char *name, struct agent_volum
 int keystore_volume_at(struct keystore *k, uint32_t index, struct agent_volume *v);
 /* -ENOENT, -EINVAL. */
 int keystore_volume_set_state(struct keystore *k, const char *name, uint32_t state);
+/* -ENOENT, -EINVAL. */
+int keystore_volume_set_size(struct keystore *k, const char *name, uint64_t size_limit);
 /* Removes the record and with it the key. The old file's blocks are overwritten, best effort. -ENOENT. */
 int keystore_volume_rm(struct keystore *k, const char *name);
 /* The volume's key, the caller's (key_free). -ENOENT. */

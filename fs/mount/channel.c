@@ -363,6 +363,14 @@ void control_stat(uint64_t id, const struct server_stat *stat)
     control_packet(SERVER_STAT, id, stat, sizeof(*stat), CONTROL_MS);
 }
 
+/* Never waited for: the next one says more. */
+void control_progress(uint64_t id, uint64_t done, uint64_t total)
+{
+    struct server_progress p = {done, total};
+
+    control_packet(SERVER_PROGRESS, id, &p, sizeof(p), 0);
+}
+
 void control_damage(void *ctx, const char *what)
 {
     int64_t second = mono_ns() / 1000000000;

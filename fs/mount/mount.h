@@ -1,7 +1,8 @@
 /*
  * mount.h - the parts of coffer-fs, the FUSE server of one volume.
  *
- *   coffer-fs.c  main: arguments, descriptors, format and check, the control thread
+ *   coffer-fs.c  main: arguments, descriptors, the control thread
+ *   care.c       check, repair, scrub, resize, export, import, format
  *   channel.c    the two sockets: agent (verdicts, orders) and control (cofferd)
  *   auth.c       verdicts: who may, remembered per thread; grants and the handles opened under them
  *   life.c       the state of the volume: locked, opening, open, locking
@@ -92,6 +93,7 @@ void channel_locked(void);
 
 void control_send(uint16_t type, uint64_t id, int err, const char *text); /* a message with struct agent_reply */
 void control_ready(void);
+void control_progress(uint64_t id, uint64_t done, uint64_t total);
 void control_stat(uint64_t id, const struct server_stat *stat);
 /* For struct volume_options: logs and reports. */
 void control_damage(void *ctx, const char *what);
@@ -169,5 +171,19 @@ bool adapter_ready(pid_t tid, bool by_handle);
 
 /* Gives up what coffer-fs does not need, for all threads to come. 0 or -errno (a line is logged). */
 int sandbox_enter(void);
+
+/* --- care.c --- */
+
+struct care_args {
+    bool data;
+    uint64_t size; /* bytes, or 0 */
+};
+
+/* A task of cofferd's on the mounted volume, in a thread of its own, which answers. Takes the descriptors. */
+void care_task(uint64_t id, const struct server_task *task, const int *fds_take, int nfds);
+/* Fills in what is said of the scrub. */
+void care_stat(struct server_stat *st);
+/* Does the verb to its end. The exit status, or -EINVAL: unknown verb. */
+int care_run(const char *verb, const struct care_args *args);
 
 #endif

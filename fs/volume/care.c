@@ -91,6 +91,7 @@ int volume_scrub_step(struct volume *v, struct volume_scrub *at, uint64_t bytes)
         /* A damaged node, which the view has reported: on behind it. */
         at->findings++;
         from = (struct tree_key){.kind = at->kind, .a = at->a, .b = at->b};
+        s.view.quiet = true;
         if (tree_behind(s.view.tree, &from, &next) == 0) {
             at->kind = next.kind;
             at->a = next.a;

@@ -15,7 +15,7 @@ static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint
     int rc = volume_read_node(w->v, ptr, level, page);
 
     /* A node that another one was written over is no damage. */
-    if (rc < 0 && !view_stale(w))
+    if (rc < 0 && !w->quiet && !view_stale(w))
         volume_damage(w->v, "data: tree node at unit %llu (level %u) %s", (unsigned long long)le64_get(ptr->addr), level,
                       rc == -EBADMSG ? "does not authenticate" : "cannot be read");
     return rc < 0 ? -EIO : 0;

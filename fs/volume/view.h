@@ -19,6 +19,7 @@ struct view {
     struct volume *v;
     struct tree *tree;
     bool live;         /* the volume's own tree */
+    bool quiet;        /* damaged nodes are not reported (again) */
     bool exact;        /* the SPACE items describe this very state */
     uint64_t hold;     /* of space.h */
     unsigned slot;     /* of the superblock */

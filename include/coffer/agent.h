@@ -37,6 +37,7 @@ enum agent_type {
     AGENT_VOLUME_GET,    /* struct agent_name -> AGENT_VOLUME_GET with struct agent_volume, or AGENT_REPLY -ENOENT */
     AGENT_VOLUME_LIST,   /* struct agent_index -> the index-th volume in order of name, as AGENT_VOLUME_GET */
     AGENT_VOLUME_STATE,  /* struct agent_volume_state: sets its state */
+    AGENT_VOLUME_SIZE,   /* struct agent_volume_size: sets what its record says of its limit (coffer volume resize) */
     AGENT_VOLUME_RM,     /* struct agent_name: destroys the key. -EBUSY while a serving channel is bound */
     AGENT_RULE_ADD,      /* struct agent_rule. -EINVAL with the reason; -EEXIST */
     AGENT_RULE_RM,       /* struct agent_rule. -ENOENT */
@@ -104,6 +105,12 @@ struct agent_volume_state {
     char name[AGENT_NAME_MAX];
     uint8_t reserved[3];
     uint32_t state;
+};
+
+struct agent_volume_size {
+    char name[AGENT_NAME_MAX];
+    uint8_t reserved[7];
+    uint64_t size_limit; /* bytes */
 };
 
 struct agent_rule {
