@@ -1,14 +1,14 @@
 /*
  * checkpoint.c - writes the whole state as a new generation and frees the older log segment.
  *
- *   freeze   [state exclusive]  give every dirty node an address, write the bitmaps into their items, seal all dirty nodes
- *                               into buffers, switch to the next log segment
- *   write    (operations go on) nodes to free space, sync `data`, wait for records that the older segment still awaits,
- *                               superblock twice to the slot that does not hold the newest, sync `data`
- *   thaw                        space freed before the freeze becomes free
+ *   freeze   [state exclusive]  give every dirty node an address, write the bitmaps into their items, seal all dirty
+ * nodes into buffers, switch to the next log segment write    (operations go on) nodes to free space, sync `data`, wait
+ * for records that the older segment still awaits, superblock twice to the slot that does not hold the newest, sync
+ * `data` tell                        who remembers the newest generation outside the files
+ * (volume_options.on_checkpoint) thaw                        space freed before the freeze becomes free
  *
- * Giving addresses changes bitmaps, whose items are in nodes, which then need addresses: freeze repeats until nothing new
- * is dirty. It ends, because nodes are placed in regions that are dirty already as long as these have room.
+ * Giving addresses changes bitmaps, whose items are in nodes, which then need addresses: freeze repeats until nothing
+ * new is dirty. It ends, because nodes are placed in regions that are dirty already as long as these have room.
  *
  * A failure after the freeze leaves the old generation and both its log segments as they are on disk: the volume is
  * failed, and recovery starts from there.
@@ -49,7 +49,8 @@ static void seal_node(void *ctx, uint64_t addr, uint64_t birth, unsigned level, 
     node_seal(v->keys, addr, birth, level, plain, cipher, nonce, mac);
 }
 
-/* Makes the leaf of every dirty region's SPACE item dirty; new regions get their item. Returns how many were not yet. */
+/* Makes the leaf of every dirty region's SPACE item dirty; new regions get their item. Returns how many were not yet.
+ */
 static int touch_regions(struct volume *v, uint8_t **touched, uint64_t *regions)
 {
     static const uint8_t empty[REGION_UNITS / 8];
@@ -201,6 +202,17 @@ static int write_frozen(struct volume *v, struct frozen *f)
     return rc;
 }
 
+static void tell_checkpoint(struct volume *v)
+{
+    struct volume_seen now = {.generation = le64_get(v->super.generation)};
+
+    if (!v->options.on_checkpoint)
+        return;
+    memcpy(now.branch, v->super.branch, sizeof(now.branch));
+    memcpy(now.root_mac, v->super.root.mac, sizeof(now.root_mac));
+    v->options.on_checkpoint(v->options.ctx, &now);
+}
+
 /* --- the whole --- */
 
 static bool anything_changed(struct volume *v)
@@ -233,6 +245,7 @@ int checkpoint_run(struct volume *v, unsigned flags)
     }
     v->super = f.super;
     v->super_slot = !v->super_slot;
+    tell_checkpoint(v);
     space_thaw(v->space);
     log_checkpointed(v->log, le64_get(f.super.sequence));
     pthread_rwlock_rdlock(&v->state);

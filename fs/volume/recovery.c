@@ -1,13 +1,13 @@
 /*
  * recovery.c - newest valid superblock + the log's valid records = the state.
  *
- * A record is valid if and only if it authenticates at its sector in the segment of its generation, and its sequence number
- * follows that of the valid record before it. The records of the superblock's generation come first, then those of the next
- * generation (written while the next checkpoint was under way).
+ * A record is valid if and only if it authenticates at its sector in the segment of its generation, and its sequence
+ * number follows that of the valid record before it. The records of the superblock's generation come first, then those
+ * of the next generation (written while the next checkpoint was under way).
  *
  * Where the row breaks off, all sectors behind are searched too. If any record found says that the missing sequence was
- * durable, the log was damaged, not cut by a power loss, and the volume is refused. Otherwise what follows the gap is dropped:
- * it was never acknowledged as durable, and the state is a prefix of history.
+ * durable, the log was damaged, not cut by a power loss, and the volume is refused. Otherwise what follows the gap is
+ * dropped: it was never acknowledged as durable, and the state is a prefix of history.
  *
  * Extents named by records above the highest sequence whose extents are known to be durable are read; the row ends before the
  * first record that has a bad one. A bad extent below is damage: it stays, and reads of it give EIO. Extents that ride in
@@ -20,6 +20,7 @@
 #include "fs/volume/space.h"
 #include "fs/volume/tx.h"
 
+#include <sodium.h>
 #include <stdlib.h>
 
 /* --- superblock --- */
@@ -33,18 +34,40 @@ static bool super_sane(const struct disk_super *s)
     uint64_t limit = le64_get(s->size_limit), segment = le64_get(s->log_segment), units = le64_get(s->data_units);
 
     return le64_get(s->magic) == SUPER_MAGIC && (block == 4096 || block == 8192 || block == 16384) &&
-           limit >= VOLUME_SIZE_MIN && limit <= VOLUME_SIZE_MAX && segment >= (256u << 10) &&
-           segment <= (1ull << 30) && segment % (64u << 10) == 0 && units > 0 && units % REGION_UNITS == 0 &&
+           limit >= VOLUME_SIZE_MIN && limit <= VOLUME_SIZE_MAX && segment >= (256u << 10) && segment <= (1ull << 30) &&
+           segment % (64u << 10) == 0 && units > 0 && units % REGION_UNITS == 0 &&
            units <= VOLUME_SIZE_MAX / UNIT_BYTES && le32_get(s->root_level) <= NODE_LEVEL_MAX &&
            le32_get(s->log_segments) == LOG_SEGMENTS && le64_get(s->next_inode) > VOLUME_ROOT_INO &&
            le64_get(s->next_inode) < COUNTER_MAX && le64_get(s->next_extent) < COUNTER_MAX &&
            le64_get(s->generation) < COUNTER_MAX && le64_get(s->sequence) < COUNTER_MAX;
 }
 
+/* Is this state at least as new as the one that was last seen? */
+static int check_seen(struct volume *v, const struct disk_super *s)
+{
+    const struct volume_seen *seen = &v->options.seen;
+    uint64_t generation = le64_get(s->generation);
+
+    if (!seen->generation || v->options.new_branch)
+        return 0;
+    if (memcmp(s->branch, seen->branch, sizeof(s->branch)))
+        volume_damage(v, "rollback: the files are of a branch of the volume that was given up");
+    else if (generation < seen->generation)
+        volume_damage(v, "rollback: the files are of generation %llu, and %llu was seen",
+                      (unsigned long long)generation, (unsigned long long)seen->generation);
+    else if (generation == seen->generation && memcmp(s->root.mac, seen->root_mac, sizeof(seen->root_mac)))
+        volume_damage(v, "rollback: the files are of another generation %llu than the one that was seen",
+                      (unsigned long long)generation);
+    else
+        return 0;
+    return -ESTALE;
+}
+
 int recovery_super(struct volume *v)
 {
     struct disk_super best = {0};
     bool found = false;
+    int rc;
 
     for (unsigned i = 0; i < SUPER_SLOTS * SUPER_COPIES; i++) {
         unsigned slot = i % SUPER_SLOTS;
@@ -70,6 +93,11 @@ int recovery_super(struct volume *v)
                       (unsigned long long)le64_get(best.generation));
         return -EIO;
     }
+    rc = check_seen(v, &best);
+    if (rc < 0)
+        return rc;
+    if (v->options.new_branch)
+        randombytes_buf(best.branch, sizeof(best.branch));
     if (le32_get(best.ro_compat) & ~FEATURES_RO_COMPAT)
         v->read_only = true;
     v->super = best;
@@ -271,6 +299,10 @@ int recovery_replay(struct volume *v)
     int rc = 0;
 
     v->generation = generation + 1; /* so that the checkpoint after this is newer than any record */
+    /* A new branch takes numbers that the old one never had: its records must not authenticate in this one. An even
+     * step, so that the segments stay as they are. */
+    if (v->options.new_branch)
+        v->generation += (MAX(v->options.seen.generation, generation) - generation + (1ull << 32)) & ~1ull;
     if (le32_get(v->super.flags) & SUPER_CLEAN)
         goto done;
     rc = scan_segment(v, generation, &row);

@@ -6,7 +6,8 @@
 
 #include "fs/volume/state.h"
 
-/* Finds the newest superblock and fills in v->super and v->super_slot. -EKEYREJECTED, -ENOTSUP, -EIO. */
+/* Finds the newest superblock and fills in v->super and v->super_slot. -EKEYREJECTED, -ENOTSUP, -EIO,
+ * -ESTALE. */
 int recovery_super(struct volume *v);
 /* Replays the log onto the loaded state; afterwards v->log exists and v->generation is such that the next checkpoint is
  * newer than any record. -EIO when a durable record is damaged. */

@@ -73,6 +73,13 @@ struct volume_params {
     uint32_t root_gid;
 };
 
+/* What somebody beyond the reach of whoever writes the backing files remembers of a volume: its newest checkpoint. */
+struct volume_seen {
+    uint8_t branch[VOLUME_ID_BYTES]; /* random; another one each time that an older state was accepted */
+    uint64_t generation;             /* 0: nothing is remembered */
+    uint8_t root_mac[16];
+};
+
 struct volume_options {
     bool read_only;
     bool background;        /* run the thread that checkpoints and flushes every 5 s; off: only inside calls */
@@ -80,6 +87,11 @@ struct volume_options {
     uint64_t mount_id;      /* random, of this mount: goes into log records */
     /* Called (from any thread, locks may be held: do not call back) for damage found: one line, no plaintext in it. */
     void (*on_damage)(void *ctx, const char *what);
+    struct volume_seen seen; /* a state that is older, or another of the same age, is refused: -ESTALE */
+    bool new_branch;         /* the state is accepted whatever seen says, and begins a branch of its own */
+    /* Called when a checkpoint is durable, before the space that it freed is used again (from any thread, locks may be
+     * held: do not call back). May block: only checkpoints wait. */
+    void (*on_checkpoint)(void *ctx, const struct volume_seen *now);
     void *ctx;
     const struct volume_report *repair; /* volume_repair's own */
 };
@@ -104,7 +116,7 @@ int volume_format(struct store *data, struct store *log, const struct key *key, 
 /*
  * Opens through recovery. The stores are the volume's from here on, also after a failure (closed). The key is used only
  * during the call. -EIO: damaged, reported to on_damage; -EKEYREJECTED: no superblock opens with this key and id;
- * -ENOTSUP: a feature of a newer version.
+ * -ENOTSUP: a feature of a newer version; -ESTALE: an older state than options.seen.
  */
 int volume_open(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
                 const struct volume_options *options, struct volume **ret_volume);
