@@ -16,8 +16,7 @@
  *  4. A reference that the kernel did not take, because it gave up the request, is dropped again.
  *
  * Not here: flock and fcntl locks (the kernel keeps them, since nobody else has the volume), access
- * (default_permissions), copy_file_range (the engine has no call for it yet; libfuse says ENOSYS, and the kernel
- * copies).
+ * (default_permissions).
  */
 #include "adapter.h"
 
@@ -395,5 +394,6 @@ const struct fuse_lowlevel_ops adapter_ops = {
     .listxattr = op_listxattr,
     .removexattr = op_removexattr,
     .fallocate = op_fallocate,
+    .copy_file_range = op_copy_file_range,
     .lseek = op_lseek,
 };

@@ -181,6 +181,29 @@ void op_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t off, off_t len
     adapter_reply(req, rc);
 }
 
+/* The kernel has written what it had of both files, and forgets what it has of the target. */
+void op_copy_file_range(fuse_req_t req, fuse_ino_t from, off_t from_off, struct fuse_file_info *from_fi, fuse_ino_t to,
+                        off_t to_off, struct fuse_file_info *to_fi, size_t len, int flags)
+{
+    struct volume *v;
+    ssize_t n = auth_handle_check(from_fi->fh);
+
+    (void)flags;
+    if (n == 0)
+        n = life_enter_handle(to_fi->fh, &v);
+    if (n == 0) {
+        if (loop_kills_suidgid() && fuse_req_ctx(req)->uid != 0)
+            n = adapter_kill_suidgid(v, to);
+        if (n == 0)
+            n = vol_copy(v, from, (uint64_t)from_off, to, (uint64_t)to_off, len);
+        life_leave();
+    }
+    if (n < 0)
+        adapter_reply(req, (int)n);
+    else
+        fuse_reply_write(req, (size_t)n);
+}
+
 /* --- holes --- */
 
 static void seek(fuse_req_t req, uint64_t ino, uint64_t off, int whence, uint64_t fh)

@@ -15,6 +15,7 @@
 #include "fs/volume/tx.h"
 
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/falloc.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -1080,6 +1081,171 @@ int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64
             rc = set_size(v, &inode, off + len);
     }
     pthread_rwlock_unlock(stripe);
+    return rc;
+}
+
+/* --- copies by reference --- */
+
+#define COPY_RANGES 64 /* of the source, in one transaction */
+
+/* One more reference on each of count chunks. */
+static int tx_ref(struct tx *tx, uint64_t id, unsigned first, unsigned count)
+{
+    struct extent e;
+    int rc = tx_extent(tx, id, &e);
+
+    if (rc < 0)
+        return rc;
+    if (first + count > e.chunks)
+        return -EIO;
+    for (unsigned i = first; i < first + count; i++) {
+        if (!e.ref[i])
+            return -EIO;
+        if (e.ref[i] == UINT16_MAX)
+            return -EOPNOTSUPP;
+        e.ref[i]++;
+    }
+    e.has_refs = true;
+    return tx_put_extent(tx, &e);
+}
+
+struct copy {
+    uint64_t from, to;       /* inodes */
+    uint64_t lo, count;      /* blocks of `from` */
+    uint64_t to_lo;          /* where they go */
+    struct range range[COPY_RANGES];
+    size_t ranges;
+};
+
+/* [state] The source's ranges, at most max of them; c->count becomes what they cover. */
+static int copy_collect(struct volume *v, struct copy *c, size_t max)
+{
+    uint64_t at = c->lo, end = c->lo + c->count;
+
+    for (c->ranges = 0; at < end; c->ranges++) {
+        struct range r;
+        uint64_t from, to;
+        int rc = range_at(v, c->from, at, &r);
+
+        if (rc < 0 && rc != -ENOENT)
+            return rc;
+        if (rc == -ENOENT || r.block >= end)
+            return 0;
+        if (c->ranges == max) {
+            c->count = at - c->lo;
+            return 0;
+        }
+        if (r.extent == EXTENT_LOST)
+            return -EIO;
+        from = MAX(at, r.block);
+        to = MIN(end, r.block + r.count);
+        c->range[c->ranges] = (struct range){from, to - from, r.extent, r.first + (unsigned)(from - r.block)};
+        at = to;
+    }
+    return 0;
+}
+
+/* References first: what is taken out of `to` may be the same chunks. Returns 0, or 1 when it is too much for one transaction. */
+static int tx_copy(struct tx *tx, struct copy *c, struct inode *to)
+{
+    uint64_t freed = 0;
+    int rc = 0;
+
+    for (size_t i = 0; i < c->ranges && rc == 0; i++)
+        rc = tx_ref(tx, c->range[i].extent, c->range[i].first, (unsigned)c->range[i].count);
+    if (rc == 0)
+        rc = tx_unmap(tx, c->to, c->to_lo, c->to_lo + c->count, STEP_RANGES - COPY_RANGES, &freed);
+    if (rc <= 0)
+        return rc < 0 ? rc : 1;
+    to->blocks -= freed;
+    rc = 0;
+    for (size_t i = 0; i < c->ranges && rc == 0; i++) {
+        struct range r = c->range[i];
+
+        r.block += c->to_lo - c->lo;
+        rc = tx_put_range(tx, c->to, &r);
+        to->blocks += r.count;
+    }
+    return rc;
+}
+
+/* [both stripes exclusive] */
+static int copy_step(struct volume *v, struct copy *c, size_t max, uint64_t size)
+{
+    struct inode to;
+    struct tx tx;
+    int rc = tx_begin(v, &tx, true);
+
+    if (rc < 0)
+        return rc;
+    rc = copy_collect(v, c, max);
+    if (rc == 0)
+        rc = tx_inode(&tx, c->to, &to);
+    if (rc == 0)
+        rc = tx_copy(&tx, c, &to);
+    if (rc == 0 && (to.flags & INODE_INLINE))
+        rc = tx_drop_inline(&tx, &to);
+    if (rc == 0) {
+        to.size = MAX(to.size, MIN(size, (c->to_lo + c->count) * v->block));
+        to.mtime = to.ctime = tx.now;
+        rc = tx_inode_put(&tx, &to);
+    }
+    if (rc == 0 && tx_size(&tx) > log_body_max(v->log))
+        rc = 1;
+    return rc ? tx_abort(&tx, rc) : tx_commit(&tx);
+}
+
+/* [both stripes exclusive] */
+static ssize_t copy_blocks(struct volume *v, uint64_t from, uint64_t from_off, uint64_t to, uint64_t to_off, uint64_t n)
+{
+    struct inode source, target;
+    struct copy c;
+    int rc = get_regular(v, from, &source);
+
+    if (rc == 0)
+        rc = get_regular(v, to, &target);
+    if (rc < 0)
+        return rc;
+    n = from_off >= source.size ? 0 : MIN(n, source.size - from_off);
+    if (to_off > VOLUME_FILE_MAX || n > VOLUME_FILE_MAX - to_off)
+        return -EFBIG;
+    /* Bytes behind a file's end are zero, in the last block, too: it can be shared where it becomes a last block again. */
+    if (from_off + n < source.size || to_off + n < target.size)
+        n -= n % v->block;
+    if (!n)
+        return from_off >= source.size ? 0 : -EOPNOTSUPP;
+    if ((source.flags & INODE_INLINE) || ((target.flags & INODE_INLINE) && target.size) || from_off % v->block ||
+        to_off % v->block)
+        return -EOPNOTSUPP;
+    if (from == to && from_off < to_off + n && to_off < from_off + n)
+        return -EINVAL;
+    rc = 1;
+    for (size_t max = COPY_RANGES; rc == 1 && max; max /= 2) {
+        c = (struct copy){.from = from, .to = to, .lo = from_off / v->block, .count = blocks_of(v, n),
+                          .to_lo = to_off / v->block};
+        rc = copy_step(v, &c, max, to_off + n);
+    }
+    if (rc)
+        return rc < 0 ? rc : -EOPNOTSUPP;
+    return (ssize_t)MIN(n, c.count * v->block);
+}
+
+ssize_t vol_copy(struct volume *v, uint64_t from, uint64_t from_off, uint64_t to, uint64_t to_off, uint64_t n)
+{
+    pthread_rwlock_t *a = inode_lock(v, from), *b = inode_lock(v, to);
+    ssize_t rc;
+
+    if (v->failed || v->read_only)
+        return v->failed ? -EIO : -EROFS;
+    if (from_off > VOLUME_FILE_MAX || n > SSIZE_MAX)
+        return -EINVAL;
+    pthread_rwlock_wrlock(MIN(a, b));
+    if (a != b)
+        pthread_rwlock_wrlock(MAX(a, b));
+    rc = copy_blocks(v, from, from_off, to, to_off, n);
+    if (a != b)
+        pthread_rwlock_unlock(MAX(a, b));
+    pthread_rwlock_unlock(MIN(a, b));
     return rc;
 }
 

@@ -244,6 +244,13 @@ ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf,
 /* mode: 0, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE|KEEP_SIZE, FALLOC_FL_ZERO_RANGE[|KEEP_SIZE]. Space is not reserved in
  * this version: allocation only checks that there is room. */
 int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64_t len);
+/*
+ * Lets blocks of `to` be those of `from`: no content moves, until one of them is written. Both offsets at blocks' beginnings, and
+ * n whole blocks, unless the end is that of both files. Returns the bytes that are copied, perhaps fewer than n: what one
+ * transaction holds; 0 at the end of `from`. -EOPNOTSUPP: not in this way (offsets, small files, too many references),
+ * copy the bytes; -EINVAL: the same file, and the places overlap.
+ */
+ssize_t vol_copy(struct volume *v, uint64_t from, uint64_t from_off, uint64_t to, uint64_t to_off, uint64_t n);
 /* SEEK_DATA or SEEK_HOLE. -ENXIO. */
 int vol_seek(struct volume *v, uint64_t ino, uint64_t off, int whence, uint64_t *ret_off);
 

@@ -1512,6 +1512,50 @@ static void op_write(struct world *w)
     world_adopt(w, i);
 }
 
+static void op_copy(struct world *w)
+{
+    struct m_inode *from = pick(w, PICK_FILE), *to = rng_chance(&w->rng, 4) ? from : pick(w, PICK_FILE);
+    uint64_t off, to_off, n = random_length(w) * (rng_chance(&w->rng, 3) ? 8 : 1);
+    bool aligned;
+    ssize_t rc;
+
+    if (!S_ISREG(from->mode) || !S_ISREG(to->mode) || w->m->pages > w->max_pages)
+        return;
+    off = random_offset(w, from);
+    to_off = random_offset(w, to);
+    aligned = !rng_chance(&w->rng, 8);
+    if (aligned)
+        off -= off % w->block, to_off -= to_off % w->block;
+    if (to_off + n > w->max_file)
+        return;
+    world_op(w, "copy from %llu at %llu to %llu at %llu length %llu (sizes %llu, %llu)", (unsigned long long)from->ino,
+             (unsigned long long)off, (unsigned long long)to->ino, (unsigned long long)to_off, (unsigned long long)n,
+             (unsigned long long)from->size, (unsigned long long)to->size);
+    rc = vol_copy(w->v, from->ino, off, to->ino, to_off, n);
+    /* Not by reference: the caller copies. But whole blocks between files of blocks are always done. */
+    if (rc == -EOPNOTSUPP && (!aligned || from->size <= 2048 || to->size <= 2048 || n < w->block || from->size - off < w->block))
+        return;
+    if (rc == -EINVAL && from == to)
+        return;
+    n = off >= from->size ? 0 : MIN(n, from->size - off);
+    if (!expect(w, rc < 0 || rc > (ssize_t)n ? rc : (ssize_t)n, (ssize_t)n) || w->in_doubt)
+        return;
+    n = (uint64_t)rc;
+    if (n == 0 && off < from->size)
+        world_fail(w, "nothing was copied");
+    for (uint64_t done = 0; done < n;) {
+        size_t k = MIN(n - done, 1u << 20);
+
+        m_read(from, off + done, w->buf2, k);
+        m_put(w->m, to, to_off + done, w->buf2, k);
+        done += k;
+    }
+    if (n) {
+        to->size = MAX(to->size, to_off + n);
+        world_adopt(w, to);
+    }
+}
+
 static void op_read(struct world *w)
 {
     struct m_inode *i = pick(w, rng_chance(&w->rng, 60) ? PICK_ANY : PICK_FILE);
@@ -1669,7 +1713,7 @@ static const struct {
     {op_link, 14, true},      {op_unlink, 30, true},   {op_rmdir, 10, true},       {op_rename, 40, true},
     {op_lookup, 25, false},   {op_forget, 20, true},   {op_readdir, 8, false},     {op_getattr, 20, false},
     {op_setattr, 40, true},   {op_setxattr, 20, true}, {op_removexattr, 8, true},  {op_getxattr, 10, false},
-    {op_listxattr, 5, false}, {op_write, 130, true},   {op_read, 60, false},       {op_fallocate, 20, true},
+    {op_listxattr, 5, false}, {op_write, 130, true},   {op_copy, 25, true},      {op_read, 60, false},       {op_fallocate, 20, true},
     {op_seek, 15, false},     {op_fsync, 12, true},    {op_write_fsync, 15, true}, {op_sync, 3, true},
     {op_checkpoint, 1, true},
 };
