@@ -48,7 +48,7 @@ TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*
 TEST_TOOLS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/crash/*.c tests/model/*.c tests/fs/*.c tests/attack/*.c tests/bench/*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
-.PHONY: all help check tests fuzzers crash model clean install format lint layers bench
+.PHONY: all help check tests fuzzers crash model clean install format lint layers bench soak
 all: $(PROGRAMS:%=$(BUILD)/%) ## build the four programs into $(BUILD)/
 
 help: ## this text
@@ -102,6 +102,9 @@ FUZZ_SRC := $(SRC_base) $(SRC_volume) $(SRC_keystore)
 $(BUILD)/fuzz/%: tests/fuzz/%.c $(FUZZ_SRC)
 	@mkdir -p $(@D)
 	clang $(CPPFLAGS) -O1 -g -std=gnu17 -pthread -fsanitize=fuzzer,address,undefined -o $@ $< $(FUZZ_SRC) $(shell pkg-config --libs jansson libsodium libseccomp)
+
+soak: all tests ## an hour of random file operations on mounts (root)
+	tests/fs/fsx.sh 3600
 
 bench: all ## measure raw, gocryptfs and coffer (root)
 	scripts/bench
