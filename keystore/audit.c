@@ -24,7 +24,8 @@
 
 #define HASH_BYTES 32
 #define HASH_HEX   (2 * HASH_BYTES + 1)
-#define LIMIT_KEYS 256 /* counted at one time; those beyond share one count */
+#define RESERVE_NS 60000000000ll /* between tries to have a reserve again */
+#define LIMIT_KEYS 256           /* counted at one time; those beyond share one count */
 
 struct limit {
     char *key;      /* NULL: free; of the shared one "(others)" */
@@ -39,7 +40,8 @@ struct audit {
     uint64_t size; /* of the file: the end of the last record */
     uint64_t seq;  /* of the last record, 0: none */
     char prev[HASH_HEX];
-    bool reserve; /* is there to be given up */
+    bool reserve;         /* is there to be given up */
+    int64_t reserve_next; /* by mono: when to try again to have one */
     bool broken;
     int64_t (*mono)(void);
     struct limit limits[LIMIT_KEYS + 1]; /* the last one is shared */
@@ -83,23 +85,29 @@ static size_t utf8_len(const uint8_t *s)
     return n;
 }
 
-/* A JSON string of any bytes, at most AUDIT_TEXT_BYTES of UTF-8. */
+/* A JSON string of any bytes, at most AUDIT_TEXT_BYTES of UTF-8. jansson escapes the control characters below a space;
+ * DEL and those of U+0080 to U+009F, which terminals obey too, become the text \\u and four digits. */
 static json_t *text_json(const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
-    char out[AUDIT_TEXT_BYTES + 4];
+    char out[AUDIT_TEXT_BYTES + 4], code[8];
     size_t o = 0, cut = 0;
 
     while (*s) {
-        size_t n = utf8_len(s);
+        size_t n = utf8_len(s), put = n ? n : 3;
+        const char *from = n ? (const char *)s : "\xef\xbf\xbd";
 
-        if (o + (n ? n : 3) > AUDIT_TEXT_BYTES) {
+        if (*s == 0x7f || (n == 2 && *s == 0xc2 && s[1] < 0xa0)) {
+            put = (size_t)snprintf(code, sizeof(code), "\\u00%02x", s[n - 1]);
+            from = code;
+        }
+        if (o + put > AUDIT_TEXT_BYTES) {
             memcpy(out + cut, "...", 3);
             o = cut + 3;
             break;
         }
-        memcpy(out + o, n ? (const char *)s : "\xef\xbf\xbd", n ? n : 3);
-        o += n ? n : 3;
+        memcpy(out + o, from, put);
+        o += put;
         s += n ? n : 1;
         if (o <= AUDIT_TEXT_BYTES - 3)
             cut = o;
@@ -250,6 +258,7 @@ static bool reserve_give_up(struct audit *a)
     if (!a->reserve)
         return false;
     a->reserve = false;
+    a->reserve_next = a->mono() + RESERVE_NS;
     if (unlinkat(a->dirfd, AUDIT_RESERVE_FILE, 0) < 0)
         return false;
     sync_dir(a->dirfd); /* some filesystems free the blocks only then */
@@ -296,6 +305,10 @@ static int put_record(struct audit *a, const char *event, const struct audit_fie
         hash_line(line, len, a->prev);
     }
     free(line);
+    if (rc == 0 && !a->reserve && a->mono() >= a->reserve_next) {
+        a->reserve_next = a->mono() + RESERVE_NS;
+        reserve_make(a); /* the record is written whatever comes of it */
+    }
     return rc;
 }
 

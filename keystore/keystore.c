@@ -552,6 +552,26 @@ int keystore_volume_set_state(struct keystore *k, const char *name, uint32_t sta
     return rc;
 }
 
+int keystore_volume_set_size(struct keystore *k, const char *name, uint64_t size_limit)
+{
+    struct ks_volume *v;
+    uint64_t before;
+    int rc = find(k, name, &v, NULL);
+
+    if (rc < 0)
+        return rc;
+    if (size_limit < VOLUME_SIZE_MIN || size_limit > VOLUME_SIZE_MAX)
+        return -EINVAL;
+    before = v->v.params.size_limit;
+    if (size_limit == before)
+        return 0;
+    v->v.params.size_limit = size_limit;
+    rc = commit(k);
+    if (rc < 0)
+        v->v.params.size_limit = before;
+    return rc;
+}
+
 int keystore_volume_rm(struct keystore *k, const char *name)
 {
     struct ks_volume *v;

@@ -1,13 +1,13 @@
 /*
- * keystore.h - the sealed keystore: one file, `keystore`, that holds the volumes' records, rules and wrapped keys, and the
- * slots that open it. The format is in KEYSTORE.md.
+ * keystore.h - the sealed keystore: one file, `keystore`, that holds the volumes' records, rules and wrapped keys, and
+ * the slots that open it. The format is in KEYSTORE.md.
  *
- * A keystore is locked after keystore_open and keystore_lock: then only its slots are known, and everything about volumes
- * fails with -ENOKEY. Every change is written (a new file in the old one's place, made durable) before it holds in
- * memory: after an error memory is as it was. One thread uses a keystore.
+ * A keystore is locked after keystore_open and keystore_lock: then only its slots are known, and everything about
+ * volumes fails with -ENOKEY. Every change is written (a new file in the old one's place, made durable) before it holds
+ * in memory: after an error memory is as it was. One thread uses a keystore.
  *
- * Errors besides those named: -ENOKEY locked; -EBADMSG something in the file does not authenticate or is not well formed;
- * -ENOMEM no locked memory; errors of I/O.
+ * Errors besides those named: -ENOKEY locked; -EBADMSG something in the file does not authenticate or is not well
+ * formed; -ENOMEM no locked memory; errors of I/O.
  */
 #ifndef COFFER_KEYSTORE_KEYSTORE_H
 #define COFFER_KEYSTORE_KEYSTORE_H
@@ -46,8 +46,9 @@ unsigned keystore_volumes(const struct keystore *k);
 /*
  * Makes the keystore, with a slot of this kind for the secret (a passphrase of at least 1 byte, or a key file) and one
  * for a fresh recovery key, and leaves it unlocked. The recovery key's text (one line, no newline) goes to recovery,
- * size bytes in the caller's secure memory; it exists nowhere else. -EEXIST; -EINVAL: the kind, or a secret too short or
- * too long; -ENOSPC: size is below KEYSTORE_RECOVERY_MAX. After a failure there is no keystore and recovery is wiped.
+ * size bytes in the caller's secure memory; it exists nowhere else. -EEXIST; -EINVAL: the kind, or a secret too short
+ * or too long; -ENOSPC: size is below KEYSTORE_RECOVERY_MAX. After a failure there is no keystore and recovery is
+ * wiped.
  */
 int keystore_init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery, size_t size);
 /*
@@ -64,8 +65,8 @@ void keystore_set_argon_cost_for_new_slots(uint64_t ops, uint64_t mem);
 
 /* --- volumes --- */
 
-/* Records a volume under v->name with a new random key; v->params.id and v->created_ns are set. -EEXIST; -EINVAL: a field
- * out of its range; -ENOSPC: KEYSTORE_VOLUMES_MAX or KEYSTORE_FILE_MAX. */
+/* Records a volume under v->name with a new random key; v->params.id and v->created_ns are set. -EEXIST; -EINVAL: a
+ * field out of its range; -ENOSPC: KEYSTORE_VOLUMES_MAX or KEYSTORE_FILE_MAX. */
 int keystore_volume_add(struct keystore *k, struct agent_volume *v);
 /* -ENOENT. */
 int keystore_volume_get(struct keystore *k, const char *name, struct agent_volume *v);
@@ -73,6 +74,8 @@ int keystore_volume_get(struct keystore *k, const char *name, struct agent_volum
 int keystore_volume_at(struct keystore *k, uint32_t index, struct agent_volume *v);
 /* -ENOENT, -EINVAL. */
 int keystore_volume_set_state(struct keystore *k, const char *name, uint32_t state);
+/* -ENOENT, -EINVAL. */
+int keystore_volume_set_size(struct keystore *k, const char *name, uint64_t size_limit);
 /* Removes the record and with it the key. The old file's blocks are overwritten, best effort. -ENOENT. */
 int keystore_volume_rm(struct keystore *k, const char *name);
 /* The volume's key, the caller's (key_free). -ENOENT. */

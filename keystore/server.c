@@ -174,6 +174,8 @@ int server_audit(struct server *s, const char *event, const char *volume, const 
 
 static void send_lock(struct conn *c)
 {
+    if (c->lock_sent)
+        c->lock_again = true;
     if (c->lock_sent || c->dead)
         return;
     c->lock_sent = true;
@@ -455,6 +457,23 @@ static int on_volume_state(struct request *r)
     rc = server_audit(r->s, "volume-state", q->name, names[q->state]);
     if (rc == 0)
         rc = keystore_volume_set_state(r->s->keystore, q->name, q->state);
+    return done(r, rc);
+}
+
+static int on_volume_size(struct request *r)
+{
+    const struct agent_volume_size *q = r->body;
+    char text[64];
+    int rc;
+
+    if (!text_ok(q->name, sizeof(q->name)) || !zero(q->reserved, sizeof(q->reserved)))
+        return -EPROTO;
+    if (q->size_limit < VOLUME_SIZE_MIN || q->size_limit > VOLUME_SIZE_MAX)
+        return done(r, -EINVAL);
+    snprintf(text, sizeof(text), "limit %llu bytes", (unsigned long long)q->size_limit);
+    rc = server_audit(r->s, "volume-size", q->name, text);
+    if (rc == 0)
+        rc = keystore_volume_set_size(r->s->keystore, q->name, q->size_limit);
     return done(r, rc);
 }
 
@@ -741,7 +760,12 @@ static int on_fs_auth(struct request *r)
 
 static int on_fs_locked(struct request *r)
 {
-    r->c->lock_sent = false;
+    struct conn *c = r->c;
+    bool again = c->lock_again;
+
+    c->lock_sent = c->lock_again = false;
+    if (again)
+        send_lock(c);
     return 0;
 }
 
@@ -762,6 +786,7 @@ static const struct packet {
     {AGENT_VOLUME_GET, CONN_CONTROL, sizeof(struct agent_name), 0, 0, on_volume_get},
     {AGENT_VOLUME_LIST, CONN_CONTROL, sizeof(struct agent_index), 0, 0, on_volume_list},
     {AGENT_VOLUME_STATE, CONN_CONTROL, sizeof(struct agent_volume_state), 0, 0, on_volume_state},
+    {AGENT_VOLUME_SIZE, CONN_CONTROL, sizeof(struct agent_volume_size), 0, 0, on_volume_size},
     {AGENT_VOLUME_RM, CONN_CONTROL, sizeof(struct agent_name), 0, 0, on_volume_rm},
     {AGENT_RULE_ADD, CONN_CONTROL, sizeof(struct agent_rule), 0, 0, on_rule_add},
     {AGENT_RULE_RM, CONN_CONTROL, sizeof(struct agent_rule), 0, 0, on_rule_rm},

@@ -41,7 +41,8 @@ struct conn {
     uint32_t purpose;
     uint64_t mount_id;
     bool key_given; /* FORMAT, CHECK: the one key is out */
-    bool lock_sent; /* AGENT_FS_LOCKED is awaited */
+    bool lock_sent;  /* AGENT_FS_LOCKED is awaited */
+    bool lock_again; /* and what ended since then is to be locked out, too: coffer-fs may have stayed open for it */
 };
 
 /* The engine's Mount of a volume. It stays after its end for as long as the process lives: that process still gets the

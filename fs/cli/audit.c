@@ -199,6 +199,27 @@ static int read_lines(const struct cli *c, struct reader *r, const char *since)
     }
 }
 
+/* The log was moved away and there is another of its name: that one from its beginning. What came into the old one was
+ * read before. 0 or -errno; nothing of that name yet is no error. */
+static int follow_name(const struct cli *c, struct reader *r, const char *since)
+{
+    int fd = open_log(c), rc = 0;
+    struct stat old, new;
+
+    if (fd < 0)
+        return fd == -ENOENT ? 0 : fd;
+    if (fstat(r->fd, &old) < 0 || fstat(fd, &new) < 0)
+        rc = -errno;
+    if (rc < 0 || (old.st_ino == new.st_ino &&old.st_dev == new.st_dev)) {
+        close(fd);
+        return rc;
+    }
+    rc = read_lines(c, r, since);
+    close(r->fd);
+    *r = (struct reader){.fd = fd, .line = 1, .bad = r->bad, .buf = r->buf};
+    return rc;
+}
+
 static int follow(const struct cli *c, struct reader *r, const char *since)
 {
     struct pollfd out = {.fd = STDOUT_FILENO};
@@ -211,8 +232,10 @@ static int follow(const struct cli *c, struct reader *r, const char *since)
         if (fstat(r->fd, &st) < 0)
             return -errno;
         if ((uint64_t)st.st_size < r->off || !st.st_nlink)
-            return -ESTALE;
+            return -ESTALE; /* cut or deleted, which nothing of ours does */
         rc = read_lines(c, r, since);
+        if (rc == 0)
+            rc = follow_name(c, r, since);
     }
     return rc;
 }

@@ -75,6 +75,8 @@ int cli_request_send(struct cli *c, json_t *req, const int *fds, int nfds);
 int cli_request_answer(struct cli *c, int sock, json_t **ret_answer);
 /* Does someone answer `status`? 0, or a negative errno; no output. */
 int cli_ping(struct cli *c);
+/* Is there a person to show progress to? Then it is put into req, and cli_request_answer shows what comes. */
+void cli_want_progress(struct cli *c, json_t *req);
 /* Can cofferd be reached? CLI_OK, or said. For who asks a person for something first. */
 int cli_require(struct cli *c);
 
@@ -109,6 +111,8 @@ int cli_volume_create(struct cli *c);
 int cli_volume_ls(struct cli *c);
 int cli_volume_inspect(struct cli *c);
 int cli_volume_check(struct cli *c);
+int cli_volume_scrub(struct cli *c);
+int cli_volume_resize(struct cli *c);
 int cli_mount(struct cli *c);
 int cli_umount(struct cli *c);
 int cli_policy_show(struct cli *c);

@@ -49,7 +49,17 @@ static const struct cli_command commands[] = {
     {"volume ls", "", "all volumes", cli_volume_ls, {{0}}},
     {"volume inspect", "NAME", "everything about one volume", cli_volume_inspect, {{0}}},
     {"volume rm", "NAME", "destroy a volume's key and its files", cli_simple, {{0}}},
-    {"volume check", "NAME", "walk the whole volume and report damage", cli_volume_check, {{"--data", NULL, false}}},
+    {"volume check",
+     "NAME",
+     "walk the whole volume and report damage; --data reads all content; --repair (unmounted) drops what is damaged",
+     cli_volume_check,
+     {{"--data", NULL, false}, {"--repair", NULL, false}}},
+    {"volume scrub",
+     "NAME",
+     "read and authenticate all of a mounted volume, slowly, in the background; damage goes to the audit log",
+     cli_volume_scrub,
+     {{"--rate", "20M", false}}},
+    {"volume resize", "NAME SIZE", "change how large a volume may grow", cli_volume_resize, {{0}}},
     {"mount", "NAME DIR", "mount without Docker; needs a rule that fits, such as uid:0", cli_mount, {{0}}},
     {"umount", "DIR", "undo mount", cli_umount, {{0}}},
     {"policy show", "NAME", "a volume's rules", cli_policy_show, {{0}}},
@@ -124,12 +134,11 @@ static int print_help(const struct cli_command *cmd)
         print_usage(&commands[i]);
         printf("      %s\n", commands[i].help);
     }
-    printf(
-        "\nRULE: selectors joined by commas: attached, container:NAME, image:REF, image-id:sha256:..., "
-        "label:KEY=VALUE,\n"
-        "unit:NAME.service, cgroup:/path, uid:N, ro. Sizes: 512M, 10G, 1T. T: 10m, 2h, 3d, 2025-01-31[T12:00:00[Z]].\n"
-        "--root DIR, or COFFER_ROOT, moves state and sockets below DIR; else /var/lib/coffer and /run/coffer.\n"
-        "Exit status: 0 done, 1 refused or failed, 2 usage.\n");
+    printf("\nRULE: selectors joined by commas: attached, container:NAME, image:REF, image-id:sha256:..., "
+           "label:KEY=VALUE,\n"
+           "uid:N, ro. Sizes: 512M, 10G, 1T. T: 10m, 2h, 3d, 2025-01-31[T12:00:00[Z]].\n"
+           "--root DIR, or COFFER_ROOT, moves state and sockets below DIR; else /var/lib/coffer and /run/coffer.\n"
+           "Exit status: 0 done, 1 refused or failed, 2 usage.\n");
     return CLI_OK;
 }
 

@@ -93,6 +93,36 @@ static void take_line(struct cli *c, json_t *lines, const char *text)
         puts(escape_text(text, out, sizeof(out)));
 }
 
+/* --- progress --- */
+
+void cli_want_progress(struct cli *c, json_t *req)
+{
+    if (!c->json && isatty(STDERR_FILENO))
+        json_object_set_new(req, "progress", json_true());
+}
+
+static void clear_progress(void)
+{
+    if (isatty(STDERR_FILENO))
+        fputs("\r\033[K", stderr);
+}
+
+/* Percent, rate and time left, over the line before. began: mono_ns of the first. */
+static void show_progress(const json_t *at, int64_t began)
+{
+    uint64_t done = (uint64_t)json_integer_value(json_object_get(at, "done"));
+    uint64_t total = (uint64_t)json_integer_value(json_object_get(at, "total"));
+    double seconds = (double)(mono_ns() - began) / 1e9, rate = seconds > 0.5 ? (double)done / seconds : 0;
+    char *speed = cli_size_text((uint64_t)rate);
+    uint64_t left = rate > 0 && total > done ? (uint64_t)((double)(total - done) / rate) : 0;
+
+    if (total)
+        fprintf(stderr, "\r\033[K%3u %%  %s/s  %" PRIu64 ":%02u left", (unsigned)((double)done * 100 / (double)total),
+                speed, left / 60, (unsigned)(left % 60));
+    fflush(stderr);
+    free(speed);
+}
+
 /* One answer frame as an object. 0 or -errno. */
 static int receive(int sock, int timeout_ms, json_t **ret)
 {
@@ -114,6 +144,8 @@ static int receive(int sock, int timeout_ms, json_t **ret)
 int cli_request_answer(struct cli *c, int sock, json_t **ret_answer)
 {
     json_t *lines = json_array();
+    int64_t began = mono_ns();
+    bool shown = false;
 
     for (;;) {
         json_t *answer = NULL;
@@ -124,6 +156,15 @@ int cli_request_answer(struct cli *c, int sock, json_t **ret_answer)
             json_decref(lines);
             return cli_fail("cofferd broke off (%s): look into %s/cofferd.log", strerror(-rc), c->state);
         }
+        if (json_object_get(answer, "progress")) {
+            show_progress(json_object_get(answer, "progress"), began);
+            shown = true;
+            json_decref(answer);
+            continue;
+        }
+        if (shown)
+            clear_progress();
+        shown = false;
         if (json_string_value(json_object_get(answer, "line"))) {
             take_line(c, lines, json_string_value(json_object_get(answer, "line")));
             json_decref(answer);

@@ -207,6 +207,14 @@ int cli_volume_inspect(struct cli *c)
         printf("%-11s %s\n", keys[i], text);
         free(text);
     }
+    v = json_object_get(v, "scrub");
+    if (v) {
+        char *done = bytes_text(v, "done"), *total = bytes_text(v, "total"), *found = cli_text(v, "findings");
+
+        printf("%-11s %s, %s of %s, %s findings\n", "scrub", cli_flag(v, "running") ? "running" : "ended", done, total,
+               found);
+        free(done), free(total), free(found);
+    }
 out:
     json_decref(answer);
     return rc;
@@ -215,11 +223,15 @@ out:
 int cli_volume_check(struct cli *c)
 {
     json_t *req = cli_request_new(c), *answer = NULL;
+    bool repair = cli_get(c, "--repair") != NULL;
     json_int_t findings;
     int rc;
 
     if (cli_get(c, "--data"))
         json_object_set_new(req, "data", json_true());
+    if (repair)
+        json_object_set_new(req, "repair", json_true());
+    cli_want_progress(c, req);
     rc = cli_request(c, req, NULL, 0, &answer);
     if (rc)
         return rc;
@@ -227,11 +239,44 @@ int cli_volume_check(struct cli *c)
     if (!cli_print_json(c, answer) && !findings)
         printf("%s: clean\n", c->operand[0]);
     json_decref(answer);
+    if (findings && repair)
+        return cli_fail("%s: repaired; %" JSON_INTEGER_FORMAT
+                        " things were lost or mended, as listed: restore them from a backup",
+                        c->operand[0], findings);
     if (findings)
         return cli_fail("%s: %" JSON_INTEGER_FORMAT
-                        " findings: copy what still reads to a new volume, or restore a backup",
-                        c->operand[0], findings);
+                        " findings: restore a backup, or unmount it and run `coffer volume check --repair %s`",
+                        c->operand[0], findings, c->operand[0]);
     return CLI_OK;
+}
+
+int cli_volume_scrub(struct cli *c)
+{
+    json_t *req = cli_request_new(c), *answer = NULL;
+    int rc = add_number(c, req, "--rate", "rate", NUMBER_SIZE, INT64_MAX);
+
+    if (rc) {
+        json_decref(req);
+        return rc;
+    }
+    rc = cli_request(c, req, NULL, 0, &answer);
+    if (rc == CLI_OK && !cli_print_json(c, answer))
+        printf("started: `coffer volume inspect %s` shows how far it is, `coffer audit` what it finds\n", c->operand[0]);
+    json_decref(answer);
+    return rc;
+}
+
+int cli_volume_resize(struct cli *c)
+{
+    json_t *req = cli_request_new(c);
+    uint64_t size;
+
+    if (size_parse(c->operand[1], &size) < 0 || size > INT64_MAX) {
+        json_decref(req);
+        return cli_usage(c, "%.64s is not a size such as 512M or 10G", c->operand[1]);
+    }
+    json_object_set_new(req, "size", json_integer((json_int_t)size));
+    return finish(c, req, "resized");
 }
 
 /* --- mounts --- */

@@ -143,12 +143,10 @@ static void op_init(void *userdata, struct fuse_conn_info *conn)
     conn->time_gran = 1;
 }
 
-bool adapter_ready(uint32_t opcode, uint64_t ino, pid_t tid, bool by_handle)
+bool adapter_ready(pid_t tid, bool by_handle)
 {
     struct auth a;
 
-    (void)opcode;
-    (void)ino;
     if (!life_is_open())
         return false;
     if (by_handle)

@@ -174,8 +174,7 @@ void auth_remember(pid_t tid, const struct auth *a, int pidfd_take)
     struct cached *set = cache[(unsigned)tid % CACHE_SETS], *place = &set[0];
 
     pthread_mutex_lock(&auth_lock);
-    if (tid <= 0 || a->kind != AGENT_ALLOW || !a->grant || a->grant->ended ||
-        a->grant->epoch != epoch_now) {
+    if (tid <= 0 || a->kind != AGENT_ALLOW || !a->grant || a->grant->ended || a->grant->epoch != epoch_now) {
         close_quiet(pidfd_take);
         goto out;
     }
@@ -189,8 +188,8 @@ void auth_remember(pid_t tid, const struct auth *a, int pidfd_take)
     }
     a->grant->refs++;
     cached_drop(place);
-    *place = (struct cached){.tid = tid, .pidfd = pidfd_take, .used = ++cache_clock, .grant = a->grant,
-                             .read_only = a->read_only};
+    *place = (struct cached){
+        .tid = tid, .pidfd = pidfd_take, .used = ++cache_clock, .grant = a->grant, .read_only = a->read_only};
 out:
     pthread_mutex_unlock(&auth_lock);
 }
@@ -253,6 +252,19 @@ void auth_end_all(void)
     }
     cache_purge(NULL);
     pthread_mutex_unlock(&auth_lock);
+}
+
+bool auth_any_live(void)
+{
+    bool live = false;
+
+    pthread_mutex_lock(&auth_lock);
+    for (size_t i = 0; i < GRANT_BUCKETS && !live; i++) {
+        for (struct grant *g = grants[i]; g && !live; g = g->next)
+            live = !g->ended;
+    }
+    pthread_mutex_unlock(&auth_lock);
+    return live;
 }
 
 void auth_new_agent(uint64_t epoch)

@@ -125,8 +125,10 @@ static int handle_message(struct agent_message *m)
         pthread_mutex_unlock(&agent_lock);
         if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_LOCK)
             rc = 0;
-        if (m->head.type == AGENT_FS_LOCK)
+        if (m->head.type == AGENT_FS_LOCK) {
+            auth_end_all(); /* here, so that a grant that comes next lives */
             agent_on_lock();
+        }
     }
     for (int i = 0; i < m->nfds && rc < 0; i++)
         close_quiet(m->fds[i]);
@@ -359,6 +361,14 @@ void control_ready(void)
 void control_stat(uint64_t id, const struct server_stat *stat)
 {
     control_packet(SERVER_STAT, id, stat, sizeof(*stat), CONTROL_MS);
+}
+
+/* Never waited for: the next one says more. */
+void control_progress(uint64_t id, uint64_t done, uint64_t total)
+{
+    struct server_progress p = {done, total};
+
+    control_packet(SERVER_PROGRESS, id, &p, sizeof(p), 0);
 }
 
 void control_damage(void *ctx, const char *what)

@@ -1,5 +1,5 @@
 /*
- * coffer-fs.c - main: the FUSE server of one volume, or its formatter or checker (coffer/server.h says how it is started).
+ * coffer-fs.c - main: the FUSE server of one volume, or its caretaker (care.c) (coffer/server.h says how it is started).
  *
  * Threads: main reads cofferd's orders; one reads the agent's channel (channel.c); the loop's serve requests; `locker`
  * does what must never be done by any of them: locking waits for requests and notifies the kernel.
@@ -14,8 +14,6 @@
 #include <unistd.h>
 
 #include "fs/base/msg.h"
-
-#define EXIT_DAMAGE 3
 
 struct mount_config mount_config;
 
@@ -73,44 +71,6 @@ static void *locker(void *arg)
     return NULL;
 }
 
-struct check_run {
-    uint64_t id;
-};
-
-static void check_line(void *ctx, const char *text)
-{
-    control_send(SERVER_LINE, ((struct check_run *)ctx)->id, 0, text);
-}
-
-static void *check_thread(void *arg)
-{
-    struct check_run *run = arg;
-    struct volume *v;
-    int rc = -ENOKEY;
-
-    life_enter_any(&v);
-    if (v)
-        rc = volume_check(v, true, check_line, run);
-    life_leave();
-    control_send(SERVER_REPLY, run->id, rc, "");
-    free(run);
-    return NULL;
-}
-
-static void start_check(uint64_t id)
-{
-    struct check_run *run = xmalloc(sizeof(*run));
-    pthread_t t;
-
-    run->id = id;
-    if (pthread_create(&t, NULL, check_thread, run)) {
-        free(run);
-        control_send(SERVER_REPLY, id, -EAGAIN, "no thread");
-        return;
-    }
-    pthread_detach(t);
-}
-
 static void answer_stat(uint64_t id)
 {
     struct server_stat st = {0};
@@ -122,6 +82,7 @@ static void answer_stat(uint64_t id)
         volume_stat(v, &st.stat);
     }
     life_leave();
+    care_stat(&st);
     control_stat(id, &st);
 }
 
@@ -130,7 +91,7 @@ static void serve_control(void)
 {
     for (;;) {
         struct msg_head head;
-        uint8_t body[16];
+        _Alignas(struct server_task) uint8_t body[sizeof(struct server_task)];
         int fds[MSG_FDS_MAX], nfds = 0, rc;
 
         rc = msg_recv(SERVER_FD_CONTROL, &head, body, sizeof(body), fds, &nfds, 3600 * 1000);
@@ -142,14 +103,16 @@ static void serve_control(void)
             channel_renew(fds[0]);
             continue;
         }
+        if (head.type == SERVER_TASK && head.len == sizeof(struct server_task)) {
+            care_task(head.id, (const struct server_task *)body, fds, nfds);
+            continue;
+        }
         for (int i = 0; i < nfds; i++)
             close_quiet(fds[i]);
         if (head.type == SERVER_STOP)
             finish(true);
         else if (head.type == SERVER_STAT)
             answer_stat(head.id);
-        else if (head.type == SERVER_CHECK)
-            start_check(head.id);
         else
             log_err("volume %s: cofferd: unknown order %u", mount_config.name, head.type);
     }
@@ -180,81 +143,18 @@ static int serve(void)
     return 0;
 }
 
-/* --- format and check --- */
-
-static int maintenance_key(struct key **ret_key, struct volume_params *ret_params)
-{
-    struct agent_auth ask = {.flags = AGENT_AUTH_MAINTENANCE | AGENT_AUTH_WANT_KEY};
-    struct auth a;
-    int rc = channel_ask(NULL, &ask, &a, ret_key, ret_params);
-
-    if (rc == 0)
-        auth_put(&a);
-    if (rc == 0 && !*ret_key)
-        rc = -ENOKEY;
-    if (rc < 0)
-        control_failed("the key agent gives no key: %s", rc == -ENOKEY ? "run coffer unlock" : strerror(-rc));
-    return rc;
-}
-
-static int format(void)
-{
-    struct store *data = store_fd_take(SERVER_FD_DATA, -1), *log = store_fd_take(SERVER_FD_LOG, -1);
-    struct volume_params params;
-    struct key *key = NULL;
-    int rc = maintenance_key(&key, &params);
-
-    if (rc < 0)
-        return 1;
-    rc = volume_format(data, log, key, &params);
-    key_free(&key);
-    if (rc < 0)
-        control_failed("formatting failed: %s", strerror(-rc));
-    return rc < 0 ? 1 : 0;
-}
-
-static void print_line(void *ctx, const char *text)
-{
-    (void)ctx;
-    control_send(SERVER_LINE, 0, 0, text);
-}
-
-static int check(bool data)
-{
-    struct volume_options o = {.on_damage = control_damage};
-    struct volume_params params;
-    struct volume *v = NULL;
-    struct key *key = NULL;
-    int rc = maintenance_key(&key, &params), closed;
-
-    if (rc < 0)
-        return 1;
-    rc = volume_open(store_fd_take(SERVER_FD_DATA, -1), store_fd_take(SERVER_FD_LOG, -1), key, params.id, &o, &v);
-    key_free(&key);
-    if (rc < 0) {
-        control_failed("the volume does not open: %s", strerror(-rc));
-        return 1;
-    }
-    rc = volume_check(v, data, print_line, NULL);
-    closed = volume_close(v);
-    if (rc < 0 || closed < 0) {
-        control_failed("the check could not be done: %s", strerror(rc < 0 ? -rc : -closed));
-        return 1;
-    }
-    return rc > 0 ? EXIT_DAMAGE : 0;
-}
-
 /* --- arguments --- */
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: coffer-fs serve|format|check NAME [--profile database] [--strict] [--data]; started by cofferd\n");
+    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] [--strict] "
+                    "[--data] [--size BYTES]; started by cofferd\n");
     return 2;
 }
 
 int main(int argc, char **argv)
 {
-    bool data = false;
+    struct care_args args = {0};
     int direct, rc;
 
     if (argc < 3)
@@ -267,7 +167,9 @@ int main(int argc, char **argv)
         if (strcmp(argv[i], "--strict") == 0)
             mount_config.strict = true;
         else if (strcmp(argv[i], "--data") == 0)
-            data = true;
+            args.data = true;
+        else if (strcmp(argv[i], "--size") == 0 && i + 1 < argc)
+            args.size = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--profile") == 0 && i + 1 < argc && strcmp(argv[i + 1], "database") == 0)
             mount_config.database = true, i++;
         else
@@ -286,9 +188,6 @@ int main(int argc, char **argv)
     }
     if (strcmp(argv[1], "serve") == 0)
         return serve();
-    if (strcmp(argv[1], "format") == 0)
-        return format();
-    if (strcmp(argv[1], "check") == 0)
-        return check(data);
-    return usage();
+    rc = care_run(argv[1], &args);
+    return rc < 0 ? usage() : rc;
 }

@@ -1,18 +1,20 @@
 /*
  * life.c - whether the volume is open, and who may enter it.
  *
- *   LOCKED --open_volume--> OPENING --(key, recovery)--> OPEN --life_lock--> LOCKING --> LOCKED
- *                              |                                                          ^
- *                              +----------------- the open failed -----------------------+
+ *   LOCKED --open_volume--> OPENING --(key, recovery)--> OPEN --life_lock--> LOCKING --(nobody new)--> CLOSING -->
+ * LOCKED |                           ^                  |                                 ^ | +--(somebody new)--+ |
+ *                              +----------------- the open failed ----------------------------------------------+
  *   any --life_stop: nothing is opened from then on
  *
  * Owns the volume. Invariants (check_state):
  *  1. `volume` is set and cleared only under engine_lock held exclusively; whoever works with it holds it shared, from
  *     life_enter* to life_leave. It is set in OPEN and LOCKING, or about to be so or not so any more.
- *  2. While LOCKING only the kernel's own requests come in (its writeback): grants have ended before.
- *  3. The stores work on duplicates of the descriptors, so that the volume can be opened again.
- *  4. Of the threads that serve requests, never more than LOCKING_WAITERS wait for a locking to end: it needs others to
- *     take the kernel's dirty pages. Who comes then is refused.
+ *  2. The stores work on duplicates of the descriptors, so that the volume can be opened again.
+ *  3. While LOCKING no request waits for the locking to end: requests come with the kernel's locks held (a directory's,
+ *     a truncated file's) which the notifications need. The grants of before have ended; the kernel's own requests are
+ *     served, others by what the agent says of them now. If it has let somebody in meanwhile, the volume stays open:
+ * its key is needed.
+ *  4. While CLOSING nobody comes in and the kernel is not notified, so requests may wait.
  *  5. The kernel is notified without engine_lock: its answer to a notification may be a request that needs it.
  */
 #include "mount.h"
@@ -23,7 +25,7 @@
 #include <sodium.h>
 #include <stdlib.h>
 
-enum life_state { LOCKED, OPENING, OPEN, LOCKING };
+enum life_state { LOCKED, OPENING, OPEN, LOCKING, CLOSING };
 
 /* Readers first: a locking that waits for a check of the volume to end must not hold up the kernel's own requests. */
 static pthread_rwlock_t engine_lock = PTHREAD_RWLOCK_INITIALIZER; /* volume */
@@ -33,20 +35,19 @@ static pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t state_cond = PTHREAD_COND_INITIALIZER;
 static enum life_state state = LOCKED;
 static bool stopped;
-static unsigned locking_waiters;
 static int64_t failed_at; /* mono_ns of the last opening that failed, or 0 */
 
-#define SLICE_NS        50000000ll /* between looks at an interrupt */
-#define LOCKING_WAITERS 4          /* of loop.c's 8 threads */
-#define RETRY_NS        1000000000ll /* a volume that does not open is not tried more often: each time its key comes along */
+#define SLICE_NS 50000000ll   /* between looks at an interrupt */
+#define RETRY_NS 1000000000ll /* a volume that does not open is not tried more often: each time its key comes along */
 
 /* state_lock held, engine_lock not: by who moves the state. */
 static void check_state(enum life_state from, enum life_state to)
 {
     assert(state == from);
     assert((from == LOCKED && to == OPENING) || (from == OPENING && (to == OPEN || to == LOCKED)) ||
-           (from == OPEN && to == LOCKING) || (from == LOCKING && to == LOCKED));
-    /* Between OPENING and OPEN, and LOCKING and LOCKED, only the mover touches it. */
+           (from == OPEN && to == LOCKING) || (from == LOCKING && (to == OPEN || to == CLOSING)) ||
+           (from == CLOSING && to == LOCKED));
+    /* Between OPENING and OPEN, and CLOSING and LOCKED, only the mover touches it. */
     assert((to == OPENING || to == LOCKED) == !volume);
     (void)from;
     (void)to;
@@ -109,26 +110,21 @@ static void wait_slice(void)
     pthread_cond_clockwait(&state_cond, &state_lock, CLOCK_MONOTONIC, &ts);
 }
 
-/* Waits while the volume is opened or locked. 0, -EINTR, -EACCES after `end`. */
+/* Waits while the volume is opened or closed. 0, -EINTR, -EACCES after `end`. */
 static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
 {
     int rc = 0;
 
     pthread_mutex_lock(&state_lock);
-    while (rc == 0 && (state == OPENING || state == LOCKING)) {
-        bool locking = state == LOCKING;
-
-        if (mono_ns() > end || (locking && locking_waiters == LOCKING_WAITERS)) {
+    while (rc == 0 && (state == OPENING || state == CLOSING)) {
+        if (mono_ns() > end)
             rc = -EACCES;
-        } else if (fuse_req_interrupted(req)) {
+        else if (fuse_req_interrupted(req))
             rc = -EINTR;
-        } else {
-            locking_waiters += locking;
+        else
             wait_slice();
-            locking_waiters -= locking;
-        }
     }
-    *ret_open = state == OPEN;
+    *ret_open = state == OPEN || state == LOCKING;
     if (rc == 0 && stopped)
         rc = -EACCES;
     pthread_mutex_unlock(&state_lock);
@@ -241,6 +237,22 @@ static int ask_and_open(fuse_req_t req, uint32_t opcode, unsigned flags, bool op
     return rc;
 }
 
+/* Enters with a verdict that allows it. -EAGAIN: the volume is not open (any more); -EACCES: the grant has ended. */
+static int enter_allowed(const struct auth *a, struct volume **ret_volume)
+{
+    bool closing;
+
+    if (!enter_open(ret_volume))
+        return -EAGAIN;
+    pthread_mutex_lock(&state_lock);
+    closing = state == CLOSING; /* else the grant is found by life_lock */
+    pthread_mutex_unlock(&state_lock);
+    if (!closing && auth_live(a))
+        return 0;
+    life_leave();
+    return closing ? -EAGAIN : -EACCES;
+}
+
 int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret, struct volume **ret_volume)
 {
     int64_t end = mono_ns() + (int64_t)MOUNT_WAIT_MS * 1000000;
@@ -250,7 +262,7 @@ int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret
 
     for (;;) {
         if (auth_cached(tid, flags & LIFE_WRITE, ret)) {
-            if (enter_open(ret_volume))
+            if (enter_allowed(ret, ret_volume) == 0)
                 return 0;
             auth_put(ret);
         }
@@ -264,15 +276,11 @@ int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret
             pthread_rwlock_rdlock(&engine_lock);
             return 0;
         }
-        if (enter_open(ret_volume)) {
-            if (auth_live(ret))
-                return 0;
-            life_leave();
-            auth_put(ret);
-            return -EACCES;
-        }
+        rc = enter_allowed(ret, ret_volume);
+        if (rc == 0)
+            return 0;
         auth_put(ret);
-        if (mono_ns() > end)
+        if (rc != -EAGAIN || mono_ns() > end)
             return -EACCES;
     }
 }
@@ -309,6 +317,8 @@ static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
     free(ino);
 }
 
+/* Names go before the key: afterwards it would take the entries away from under who has come meanwhile, and detach what
+ * is mounted below them. */
 static void invalidate_root_entries(struct fuse_session *se)
 {
     struct name_list l = {0};
@@ -321,11 +331,25 @@ static void invalidate_root_entries(struct fuse_session *se)
     for (size_t i = 0; i < l.n; i++) {
         size_t len = strlen(l.name[i]);
 
-        fuse_lowlevel_notify_inval_entry(se, VOLUME_ROOT_INO, l.name[i], len);
+        if (!auth_any_live())
+            fuse_lowlevel_notify_inval_entry(se, VOLUME_ROOT_INO, l.name[i], len);
         explicit_bzero(l.name[i], len);
         free(l.name[i]);
     }
     free(l.name);
+}
+
+/* LOCKING -> CLOSING, or back to OPEN if a grant has come since the old ones ended. */
+static bool begin_closing(void)
+{
+    enum life_state next;
+
+    pthread_mutex_lock(&state_lock);
+    next = auth_any_live() && !stopped ? OPEN : CLOSING;
+    check_state(LOCKING, next);
+    state = next;
+    pthread_mutex_unlock(&state_lock);
+    return next == CLOSING;
 }
 
 int life_lock(struct fuse_session *se, bool notify)
@@ -334,33 +358,33 @@ int life_lock(struct fuse_session *se, bool notify)
     int rc;
 
     pthread_mutex_lock(&state_lock);
-    while (state == OPENING || state == LOCKING)
+    while (state == OPENING || state == LOCKING || state == CLOSING)
         pthread_cond_wait(&state_cond, &state_lock);
     if (state == LOCKED) {
         pthread_mutex_unlock(&state_lock);
-        auth_end_all();
         return 0;
     }
     check_state(OPEN, LOCKING);
     state = LOCKING;
     pthread_mutex_unlock(&state_lock);
-    auth_end_all();
     if (notify) {
         invalidate_inodes(se, INODES_WRITTEN); /* writes dirty pages and waits for them */
         invalidate_inodes(se, INODES_OPENED);
         invalidate_root_entries(se);
     }
+    if (!begin_closing())
+        return 0;
     pthread_rwlock_wrlock(&engine_lock);
     v = volume;
     volume = NULL;
     rc = volume_close(v);
     pthread_rwlock_unlock(&engine_lock);
+    move(CLOSING, LOCKED);
     if (notify) {
         /* What was read meanwhile, and attributes. */
         invalidate_inodes(se, INODES_ALL);
         fuse_lowlevel_notify_inval_inode(se, VOLUME_ROOT_INO, 0, 0);
     }
-    move(LOCKING, LOCKED);
     return rc;
 }
 
@@ -370,4 +394,5 @@ void life_stop(void)
     stopped = true;
     pthread_cond_broadcast(&state_cond);
     pthread_mutex_unlock(&state_lock);
+    auth_end_all();
 }

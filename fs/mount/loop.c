@@ -1,9 +1,8 @@
 /*
  * loop.c - reads requests from the device and hands them to libfuse.
  *
- * A fixed number of threads, one of which leads: it reads, spinning for SPIN_NS after a request before it sleeps, since
- * falling asleep and being woken costs more than most requests (DESIGN section 5). What can be served at once it serves
- * itself; before anything that may wait it hands the lead to the next thread, which sleeps on `lead` until then.
+ * A fixed number of threads, one of which leads (lead.c): it reads, spinning for SPIN_NS after a request before it sleeps,
+ * since falling asleep and being woken costs more than most requests (DESIGN section 5). What seldom waits it serves itself.
  *
  * Invariants:
  *  1. A request's bytes stay in its thread's `in` until it is answered; the answer is made in `out`.
@@ -12,6 +11,8 @@
  *     write, and tells when set-id bits are to end.
  */
 #include "mount.h"
+
+#include "lead.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -67,7 +68,6 @@ struct in_init {
 static struct fuse_session *session;
 static void (*on_end)(void);
 static atomic_bool ended;
-static pthread_mutex_t lead_lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local struct loop_request request;
 static bool killpriv;
 
@@ -189,44 +189,50 @@ static ssize_t next_request(uint8_t *in, bool spin)
     }
 }
 
-/* Operations that neither write, sync nor read content; by_handle: decided when the handle was opened. */
-static bool quick(uint32_t opcode, bool *ret_by_handle)
-{
-    *ret_by_handle = opcode == 2 || opcode == 17 || opcode == 18 || opcode == 25 || opcode == 29 || opcode == 36 ||
-                     opcode == 42; /* FORGET, STATFS, RELEASE, FLUSH, RELEASEDIR, INTERRUPT, BATCH_FORGET */
-    return *ret_by_handle || opcode == 1 || opcode == 3 || opcode == 5 || opcode == 14 || opcode == 22 ||
-           opcode == 27; /* LOOKUP, GETATTR, READLINK, OPEN, GETXATTR, OPENDIR */
-}
+/* FORGET, WRITE, STATFS, RELEASE, FLUSH, RELEASEDIR, INTERRUPT, BATCH_FORGET: decided when the handle was opened, or the
+ * kernel's own. */
+#define BY_HANDLE (BIT(2) | BIT(16) | BIT(17) | BIT(18) | BIT(25) | BIT(29) | BIT(36) | BIT(42))
+/* READ, FSYNC, FSYNCDIR, FALLOCATE, COPY_FILE_RANGE, SYNCFS: they wait for the disk. */
+#define BLOCKING (BIT(15) | BIT(20) | BIT(30) | BIT(43) | BIT(47) | BIT(50))
+#define BIT(n)   (1ull << (n))
 
-static bool served_by_leader(const uint8_t *in)
+/* A small write goes into memory. */
+#define SMALL_WRITE (40u << 10)
+
+static bool served_by_leader(const uint8_t *in, size_t n)
 {
     struct in_header h;
-    bool by_handle;
 
     memcpy(&h, in, sizeof(h));
-    return quick(request.opcode, &by_handle) && adapter_ready(h.opcode, h.nodeid, (pid_t)h.pid, by_handle);
+    if (h.opcode >= 64 || (BLOCKING & BIT(h.opcode)) || n > SMALL_WRITE)
+        return false;
+    return adapter_ready((pid_t)h.pid, BY_HANDLE & BIT(h.opcode));
 }
 
 static void *serve(void *arg)
 {
+    unsigned self = (unsigned)(uintptr_t)arg;
     uint8_t *in = NULL;
     ssize_t n = 0;
 
-    (void)arg;
     request.out = NULL;
     if (posix_memalign((void **)&in, 4096, IN_BYTES) || posix_memalign((void **)&request.out, 4096, MOUNT_IO_MAX))
         abort();
     while (n >= 0) {
         bool lead = true;
 
-        pthread_mutex_lock(&lead_lock);
+        lead_wait(self);
         for (bool spin = false; lead; spin = true) {
             n = next_request(in, spin);
-            lead = n > 0 && served_by_leader(in);
-            if (lead)
+            lead = n > 0 && served_by_leader(in, (size_t)n);
+            if (lead) {
+                lead_serving();
                 process(in, (size_t)n);
+                lead = lead_served(self);
+                n = 0;
+            }
         }
-        pthread_mutex_unlock(&lead_lock);
+        lead_pass(self);
         if (n > 0)
             process(in, (size_t)n);
         if (fuse_session_exited(session))
@@ -266,10 +272,12 @@ int loop_start(struct fuse_session *se, void (*end)(void))
         return rc < 0 ? rc : -EINVAL;
     fcntl(SERVER_FD_FUSE, F_SETFL, fcntl(SERVER_FD_FUSE, F_GETFL) | O_NONBLOCK);
     rc = serve_init();
+    if (rc == 0)
+        rc = lead_start();
     for (unsigned i = 0; i < THREADS && rc == 0; i++) {
         pthread_t t;
 
-        rc = -pthread_create(&t, NULL, serve, NULL);
+        rc = -pthread_create(&t, NULL, serve, (void *)(uintptr_t)(i + 1));
         if (rc == 0)
             pthread_detach(t);
     }

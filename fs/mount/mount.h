@@ -1,7 +1,8 @@
 /*
  * mount.h - the parts of coffer-fs, the FUSE server of one volume.
  *
- *   coffer-fs.c  main: arguments, descriptors, format and check, the control thread
+ *   coffer-fs.c  main: arguments, descriptors, the control thread
+ *   care.c       check, repair, scrub, resize, export, import, format
  *   channel.c    the two sockets: agent (verdicts, orders) and control (cofferd)
  *   auth.c       verdicts: who may, remembered per thread; grants and the handles opened under them
  *   life.c       the state of the volume: locked, opening, open, locking
@@ -12,8 +13,8 @@
  *   sandbox.c    seccomp, Landlock
  *
  * Order of locks: engine_lock (life.c), state_lock (life.c), the locks of inodes.c, auth.c and channel.c. Nothing of
- * another module is called with a module's own lock held, except that life.c calls inodes.c under engine_lock and
- * channel.c makes grants in auth.c under its own lock.
+ * another module is called with a module's own lock held, except that life.c calls inodes.c under engine_lock and looks
+ * for grants under state_lock, and channel.c makes grants in auth.c under its own lock.
  */
 #ifndef COFFER_MOUNT_H
 #define COFFER_MOUNT_H
@@ -71,6 +72,8 @@ void auth_handle_close(uint64_t fh);
 /* The agent's orders. */
 void auth_end_grant(uint64_t epoch, uint64_t number);
 void auth_end_all(void);
+/* Does anything refer to a grant that has not ended? */
+bool auth_any_live(void);
 /* Another agent speaks from now on: verdicts of older ones are forgotten. */
 void auth_new_agent(uint64_t epoch);
 
@@ -90,6 +93,7 @@ void channel_locked(void);
 
 void control_send(uint16_t type, uint64_t id, int err, const char *text); /* a message with struct agent_reply */
 void control_ready(void);
+void control_progress(uint64_t id, uint64_t done, uint64_t total);
 void control_stat(uint64_t id, const struct server_stat *stat);
 /* For struct volume_options: logs and reports. */
 void control_damage(void *ctx, const char *what);
@@ -105,7 +109,7 @@ enum life_flags {
 
 /*
  * Enters the engine on behalf of the request's caller: asks who it is, opens the volume if need be, waits while it is
- * opened or locked, at most 10 s. 0 with *ret_volume, and *ret for auth_put(): then life_leave() must follow, even where
+ * opened or closed, at most 10 s. 0 with *ret_volume, and *ret for auth_put(): then life_leave() must follow, even where
  * the verdict is AGENT_PLACEHOLDER (then *ret_volume is NULL). Or -EACCES, -EROFS, -ENOKEY, -EINTR, -EIO.
  */
 int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret, struct volume **ret_volume);
@@ -119,10 +123,11 @@ void life_leave(void);
 /* The volume is open and nothing stands in the way of requests. */
 bool life_is_open(void);
 
-/* Flushes, invalidates and wipes (DESIGN section 5, "Locking a mount"). notify false: the mount is gone. Never from a
- * thread that serves requests. 0, or the error of volume_close. */
+/* Flushes, invalidates and wipes, after all grants have ended. Where the agent has let somebody in since, the volume stays
+ * open instead. notify false: the mount is gone. Never from a thread that serves requests. 0, or
+ * the error of volume_close. */
 int life_lock(struct fuse_session *se, bool notify);
-/* Nothing is opened from now on. */
+/* Ends all grants; nothing is opened from now on. */
 void life_stop(void);
 
 /* --- inodes.c: the kernel's references, each also one in the engine while a volume is open --- */
@@ -159,12 +164,26 @@ bool loop_kills_suidgid(void);
 /* --- adapter.c --- */
 
 extern const struct fuse_lowlevel_ops adapter_ops;
-/* May this request (opcode, tid) be served at once, without waiting for the agent or the volume? */
-bool adapter_ready(uint32_t opcode, uint64_t ino, pid_t tid, bool by_handle);
+/* May a request be served at once, without waiting for the agent or the volume: one by a thread tid, or decided before? */
+bool adapter_ready(pid_t tid, bool by_handle);
 
 /* --- sandbox.c --- */
 
 /* Gives up what coffer-fs does not need, for all threads to come. 0 or -errno (a line is logged). */
 int sandbox_enter(void);
+
+/* --- care.c --- */
+
+struct care_args {
+    bool data;
+    uint64_t size; /* bytes, or 0 */
+};
+
+/* A task of cofferd's on the mounted volume, in a thread of its own, which answers. Takes the descriptors. */
+void care_task(uint64_t id, const struct server_task *task, const int *fds_take, int nfds);
+/* Fills in what is said of the scrub. */
+void care_stat(struct server_stat *st);
+/* Does the verb to its end. The exit status, or -EINVAL: unknown verb. */
+int care_run(const char *verb, const struct care_args *args);
 
 #endif

@@ -151,6 +151,14 @@ int agent_volume_set_state(const char *name, uint32_t state, struct why *why)
     return call_reply(AGENT_VOLUME_STATE, &ask, sizeof(ask), why);
 }
 
+int agent_volume_set_size(const char *name, uint64_t size_limit, struct why *why)
+{
+    struct agent_volume_size ask = {.size_limit = size_limit};
+
+    set_name(ask.name, name);
+    return call_reply(AGENT_VOLUME_SIZE, &ask, sizeof(ask), why);
+}
+
 int agent_rule(uint16_t type, const char *name, bool deny, const char *rule, struct why *why)
 {
     struct agent_rule ask = {.deny = deny};

@@ -24,6 +24,8 @@
 #define SEND_S          10
 #define CONNECTIONS_MAX 64
 #define STATUS_MS       1500
+#define SCRUB_RATE      (20ull << 20) /* bytes a second */
+#define SCRUB_RATE_MIN  (64ull << 10)
 
 struct request {
     int sock;
@@ -302,18 +304,74 @@ static int do_rm(struct request *r)
     return rc < 0 ? rc : volumes_remove(name, &r->why);
 }
 
+/* --- looking after volumes --- */
+
+static void send_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    send_json(((struct request *)ctx)->sock,
+              json_pack("{s:{s:I, s:I}}", "progress", "done", (json_int_t)done, "total", (json_int_t)total));
+}
+
 static int do_check(struct request *r)
 {
-    json_t *name, *data;
-    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"data", JSON_TRUE, false, &data}};
+    json_t *name, *data, *mend, *progress;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"data", JSON_TRUE, false, &data},
+                                          {"repair", JSON_TRUE, false, &mend},
+                                          {"progress", JSON_TRUE, false, &progress}};
+    struct plugin_volume *v = NULL;
+    int rc = MEMBERS(r, members);
+    struct fsproc_sink sink = {send_line, NULL, r};
+
+    if (rc < 0)
+        return rc;
+    if (json_is_true(progress))
+        sink.progress = send_progress;
+    rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = json_is_true(mend) ? volumes_repair(v, &sink, &r->why) : volumes_check(v, json_is_true(data), &sink, &r->why);
+    registry_unref(v);
+    if (rc >= 0)
+        r->out = json_pack("{s:i}", "findings", rc);
+    return rc;
+}
+
+static int do_scrub(struct request *r)
+{
+    json_t *name, *rate;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"rate", JSON_INTEGER, false, &rate}};
+    struct plugin_volume *v = NULL;
+    uint64_t n = SCRUB_RATE;
     int rc = MEMBERS(r, members);
 
     if (rc == 0)
-        rc = volumes_check(json_string_value(name), json_is_true(data), send_line, r, &r->why);
-    if (rc < 0)
-        return rc;
-    r->out = json_pack("{s:i}", "findings", rc);
-    return 0;
+        rc = take_number(r, rate, "rate", INT64_MAX, &n);
+    if (rc == 0 && n < SCRUB_RATE_MIN)
+        rc = why_set(&r->why, -EINVAL, "rate: give 64K or more a second");
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = volumes_scrub(v, n, &r->why);
+    registry_unref(v);
+    return rc;
+}
+
+static int do_resize(struct request *r)
+{
+    json_t *name, *size;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"size", JSON_INTEGER, true, &size}};
+    struct plugin_volume *v = NULL;
+    uint64_t n = 0;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_number(r, size, "size", INT64_MAX, &n);
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = volumes_resize(v, n, &r->why);
+    registry_unref(v);
+    return rc;
 }
 
 /* --- mounts --- */
@@ -477,6 +535,8 @@ static const struct command {
     {"volume inspect", do_inspect, 0},
     {"volume rm", do_rm, 0},
     {"volume check", do_check, 0},
+    {"volume scrub", do_scrub, 0},
+    {"volume resize", do_resize, 0},
     {"mount", do_mount, 0},
     {"umount", do_umount, 0},
     {"policy show", do_policy_show, 0},

@@ -36,9 +36,8 @@
 enum fsproc_state { FS_STARTING, FS_SERVING, FS_STOPPING, FS_GONE, FS_STATES };
 enum fsproc_event { EV_READY, EV_FAILED, EV_STOP, EV_EXITED, FS_EVENTS };
 
-struct check {
-    void (*line)(void *ctx, const char *text);
-    void *ctx;
+struct task {
+    const struct fsproc_sink *sink;
     uint64_t id; /* 0: any */
     int lines;
     bool done;
@@ -64,7 +63,7 @@ struct fsproc {
     int64_t asked_stat;   /* mono_ns */
     uint64_t stats_seen;
     struct server_stat stat;
-    struct check *check;  /* under way */
+    struct task *task;    /* under way */
     uint64_t next_id;
     uint64_t agent_generation;
 };
@@ -235,13 +234,13 @@ static void take_damage(struct fsproc *p, const char *text)
     agent_note(p->name, "damage", text);
 }
 
-static void take_check_end(struct fsproc *p, uint64_t id, int result)
+static void take_task_end(struct fsproc *p, uint64_t id, int result)
 {
     pthread_mutex_lock(&p->lock);
-    if (p->check && p->check->id == id) {
-        p->check->result = result;
-        p->check->done = true;
-        p->check = NULL;
+    if (p->task && p->task->id == id) {
+        p->task->result = result;
+        p->task->done = true;
+        p->task = NULL;
         pthread_cond_broadcast(&p->changed);
     }
     pthread_mutex_unlock(&p->lock);
@@ -251,10 +250,18 @@ static void take_line(struct fsproc *p, uint64_t id, const char *text)
 {
     pthread_mutex_lock(&p->lock);
     /* The asker waits on p->changed, so its callback's context lives. */
-    if (p->check && (p->check->id == id || p->check->id == 0)) {
-        p->check->lines++;
-        p->check->line(p->check->ctx, text);
+    if (p->task && (p->task->id == id || p->task->id == 0)) {
+        p->task->lines++;
+        p->task->sink->line(p->task->sink->ctx, text);
     }
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void take_progress(struct fsproc *p, uint64_t id, const struct server_progress *at)
+{
+    pthread_mutex_lock(&p->lock);
+    if (p->task && (p->task->id == id || p->task->id == 0) && p->task->sink->progress)
+        p->task->sink->progress(p->task->sink->ctx, at->done, at->total);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -277,6 +284,7 @@ static bool take_message(struct fsproc *p)
     union {
         struct agent_reply reply;
         struct server_stat stat;
+        struct server_progress progress;
     } body;
     char text[AGENT_TEXT_MAX];
     struct msg_head head;
@@ -290,6 +298,8 @@ static bool take_message(struct fsproc *p)
         step(p, EV_READY);
     } else if (head.type == SERVER_STAT && head.len == sizeof(body.stat)) {
         take_stat(p, &body.stat);
+    } else if (head.type == SERVER_PROGRESS && head.len == sizeof(body.progress)) {
+        take_progress(p, head.id, &body.progress);
     } else if (!take_text(&body.reply, head.len, text)) {
         return false;
     } else if (head.type == SERVER_FAILED) {
@@ -299,10 +309,12 @@ static bool take_message(struct fsproc *p)
         step(p, EV_FAILED);
     } else if (head.type == SERVER_DAMAGE) {
         take_damage(p, text);
+    } else if (head.type == SERVER_NOTE) {
+        agent_note(p->name, "scrub", text);
     } else if (head.type == SERVER_LINE) {
         take_line(p, head.id, text);
     } else if (head.type == SERVER_REPLY) {
-        take_check_end(p, head.id, body.reply.err);
+        take_task_end(p, head.id, body.reply.err);
     } else {
         return false;
     }
@@ -342,10 +354,10 @@ static void bury(struct fsproc *p, char *how, size_t n)
     else
         snprintf(how, n, "exit status %d%s%s", p->exit_status, p->failed[0] ? ": " : "", p->failed);
     pthread_mutex_lock(&p->lock);
-    if (p->check) {
-        p->check->result = -ECONNRESET;
-        p->check->done = true;
-        p->check = NULL;
+    if (p->task) {
+        p->task->result = -ECONNRESET;
+        p->task->done = true;
+        p->task = NULL;
     }
     pthread_mutex_unlock(&p->lock);
 }
@@ -598,32 +610,50 @@ void fsproc_refresh(struct fsproc *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-int fsproc_check(struct fsproc *p, void (*line)(void *ctx, const char *text), void *ctx, struct why *why)
+static int task_failed(int rc, struct why *why)
 {
-    struct check c = {.line = line, .ctx = ctx};
-    struct msg_head head = {.type = SERVER_CHECK};
+    switch (rc) {
+    case -ENOKEY:
+        return why_set(why, rc, "the volume is mounted and locked: unmount it first");
+    case -ECANCELED:
+        return why_set(why, rc, "broken off: the volume was locked or unmounted meanwhile");
+    case -EBUSY:
+        return why_set(why, rc, "broken off: something else is under way on this volume, or it is too full: try again");
+    case -EALREADY:
+        return why_set(why, rc, "a scrub of this volume is running: coffer volume inspect shows how far it is");
+    case -ENOSPC:
+        return why_set(why, rc, "more than that is in use");
+    default:
+        return why_set(why, rc, "it could not be done: %s", strerror(-rc));
+    }
+}
+
+int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, const int *fds, int nfds,
+                const struct fsproc_sink *sink, struct why *why)
+{
+    struct server_task body = {.kind = kind, .value = value};
+    struct msg_head head = {.type = SERVER_TASK, .len = sizeof(body)};
+    struct task t = {.sink = sink};
     int rc;
 
     if (p->ctl < 0)
         return why_set(why, -ENOTCONN, "the volume's server was started by an earlier cofferd: unmount it first");
     pthread_mutex_lock(&p->lock);
-    if (p->check || p->state != FS_SERVING) {
+    if (p->task || p->state != FS_SERVING) {
         pthread_mutex_unlock(&p->lock);
-        return why_set(why, -EBUSY, "a check of this volume is already under way, or it is being unmounted");
+        return why_set(why, -EBUSY, "something else is under way on this volume, or it is being unmounted");
     }
-    c.id = head.id = p->next_id++;
-    p->check = &c;
-    rc = msg_send(p->ctl, &head, NULL, NULL, 0);
+    t.id = head.id = p->next_id++;
+    p->task = &t;
+    rc = msg_send(p->ctl, &head, &body, fds, nfds);
     if (rc < 0)
-        p->check = NULL;
-    while (rc == 0 && !c.done)
+        p->task = NULL;
+    while (rc == 0 && !t.done)
         pthread_cond_wait(&p->changed, &p->lock);
     pthread_mutex_unlock(&p->lock);
     if (rc == 0)
-        rc = c.result;
-    if (rc == -ENOKEY)
-        return why_set(why, rc, "the volume is mounted and locked: unmount it first, then check it");
-    return rc < 0 ? why_set(why, rc, "the check could not be done: %s", strerror(-rc)) : rc;
+        rc = t.result;
+    return rc < 0 ? task_failed(rc, why) : rc;
 }
 
 int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation)
@@ -652,15 +682,21 @@ int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation)
     return rc;
 }
 
-/* --- format and check --- */
+/* --- runs to the end --- */
 
-int fsproc_run(const char *verb, const char *name, bool data, int agent, int data_fd, int log_fd,
-               void (*line)(void *ctx, const char *text), void *ctx, struct why *why)
+static void no_line(void *ctx, const char *text)
 {
-    const char *argv[] = {"coffer-fs", verb, name, data ? "--data" : NULL, NULL};
-    struct check c = {.line = line, .ctx = ctx};
+    (void)ctx, (void)text;
+}
+
+int fsproc_run(const char *verb, const char *name, const char *option, const char *value, const int *fds, int nfds,
+               const struct fsproc_sink *sink, struct why *why)
+{
+    static const struct fsproc_sink none = {.line = no_line};
+    const char *argv[] = {"coffer-fs", verb, name, option, value, NULL};
+    int pair[2], all[SPAWN_FDS_MAX], rc;
+    struct task t = {.sink = sink ? sink : &none};
     struct fsproc *p = fsproc_new(name, &nobody, NULL);
-    int pair[2], rc;
     char how[AGENT_TEXT_MAX + 64];
 
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
@@ -668,12 +704,13 @@ int fsproc_run(const char *verb, const char *name, bool data, int agent, int dat
         goto out;
     }
     take_channel(p, pair[0]);
-    rc = start_process(argv, (const int[]){pair[1], agent, data_fd, log_fd}, 4, &p->process, &p->pidfd, why);
+    all[0] = pair[1];
+    memcpy(all + 1, fds, sizeof(int) * (size_t)nfds);
+    rc = start_process(argv, all, nfds + 1, &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0)
         goto out;
-    if (line)
-        p->check = &c;
+    p->task = &t;
     for (bool channel = true;;) {
         struct pollfd f[2] = {{.fd = p->pidfd, .events = POLLIN}, {.fd = channel ? p->ctl : -1, .events = POLLIN}};
 
@@ -687,7 +724,7 @@ int fsproc_run(const char *verb, const char *name, bool data, int agent, int dat
     bury(p, how, sizeof(how));
     rc = p->exit_status;
     if (rc == 3)
-        rc = MAX(c.lines, 1);
+        rc = MAX(t.lines, 1);
     else if (rc != 0)
         rc = why_set(why, -EIO, "coffer-fs %s: %s", verb, p->failed[0] ? p->failed : how);
 out:

@@ -53,16 +53,26 @@ int fsproc_wait_end(struct fsproc *p, int ms);
 int fsproc_stat(struct fsproc *p, int ms, struct server_stat *ret);
 /* Asks for its figures without waiting: the owner's unlocked() hears. At most every half second. */
 void fsproc_refresh(struct fsproc *p);
-/* Checks the mounted volume; line() gets the findings. Their number, or -errno with the reason. */
-int fsproc_check(struct fsproc *p, void (*line)(void *ctx, const char *text), void *ctx, struct why *why);
+/* Where the findings of what takes long go, and how far it is; called with the server's lock held. */
+struct fsproc_sink {
+    void (*line)(void *ctx, const char *text);
+    void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */
+    void *ctx;
+};
+
+/* A task on the mounted volume, with the task's descriptors, which stay the caller's. The number of findings, or -errno with
+ * the reason. */
+int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, const int *fds, int nfds,
+                const struct fsproc_sink *sink, struct why *why);
 /* Hands it a volume channel made with the agent's generation-th process, unless it has one. 0 or -errno. */
 int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation);
 
 /*
- * Runs `coffer-fs format` or `check` to its end. Returns 0 or the number of findings (at least 1 when the volume is
+ * Runs `coffer-fs VERB NAME`, with an option and its value where they are not NULL, to its end; fds become 3 + 1, ...
+ * (server.h). Returns 0 or the number of findings (at least 1 when the volume is
  * damaged), or -errno with the reason.
  */
-int fsproc_run(const char *verb, const char *name, bool data, int agent, int data_fd, int log_fd,
-               void (*line)(void *ctx, const char *text), void *ctx, struct why *why);
+int fsproc_run(const char *verb, const char *name, const char *option, const char *value, const int *fds, int nfds,
+               const struct fsproc_sink *sink, struct why *why);
 
 #endif

@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #define MIB            (1ull << 20)
+#define SPAWN_FDS      5 /* agent, data, log, and two of a task's */
 #define STAT_MS        1000
 #define BLOCK_DEFAULT  4096
 #define MODE_DEFAULT   0755
@@ -213,7 +214,7 @@ static bool same_as_existing(const struct plugin_volume *v, const struct volume_
 {
     struct volume_spec a = *s, b = v->spec;
 
-    if (s->size == 0 ? b.size == 0 || b.size == default_size() : s->size == v->params.size_limit)
+    if (s->size == 0 ? b.size == 0 || b.size == default_size() : s->size == v->params.size_limit || s->size == b.size)
         a.size = b.size;
     return volume_spec_equal(&a, &b);
 }
@@ -400,7 +401,7 @@ static int format(struct plugin_volume *v, struct why *why)
     if (rc == 0)
         rc = agent_bind(v->name, AGENT_PURPOSE_FORMAT, &agent, why);
     if (rc == 0)
-        rc = fsproc_run("format", v->name, false, agent, data, log, NULL, NULL, why);
+        rc = fsproc_run("format", v->name, NULL, NULL, (const int[]){agent, data, log}, 3, NULL, why);
     close_quiet(data);
     close_quiet(log);
     close_quiet(agent);
@@ -570,43 +571,109 @@ int volumes_remove(const char *name, struct why *why)
     return rc;
 }
 
-/* --- checking --- */
+/* --- looking after --- */
 
-static int check_unmounted(struct plugin_volume *v, bool deep, void (*line)(void *ctx, const char *text), void *ctx,
-                           struct why *why)
+struct care {
+    const char *verb;              /* of coffer-fs, for one that is not mounted; NULL: it must be */
+    enum server_task_kind task;    /* of its server; 0: it must not be mounted */
+    const char *option;
+    uint64_t value;
+    const int *fds;
+    int nfds;
+};
+
+/* op_lock held, not mounted. */
+static int care_unmounted(struct plugin_volume *v, const struct care *c, const struct fsproc_sink *sink, struct why *why)
 {
-    int data = -1, log = -1, agent = -1, rc;
+    int fds[SPAWN_FDS] = {-1, -1, -1}, rc;
+    char value[24];
 
-    if (mutex_lock_for(&v->op_lock, MOUNTS_PATIENCE_MS) < 0)
-        return why_set(why, -EBUSY, "volume %s is busy with another operation: try again later", v->name);
-    rc = mounts_busy(v) ? why_set(why, -EBUSY, "volume %s has just been mounted: try again", v->name)
-                        : agent_need_unlocked(why);
+    snprintf(value, sizeof(value), "%llu", (unsigned long long)c->value);
+    rc = agent_need_unlocked(why);
     if (rc == 0)
-        rc = mounts_open_backing(v, &data, &log, why);
+        rc = mounts_open_backing(v, &fds[1], &fds[2], why);
     if (rc == 0)
-        rc = agent_bind(v->name, AGENT_PURPOSE_CHECK, &agent, why);
+        rc = agent_bind(v->name, AGENT_PURPOSE_CHECK, &fds[0], why);
+    if (c->nfds)
+        memcpy(fds + 3, c->fds, sizeof(int) * (size_t)c->nfds);
     if (rc == 0)
-        rc = fsproc_run("check", v->name, deep, agent, data, log, line, ctx, why);
-    pthread_mutex_unlock(&v->op_lock);
-    close_quiet(data);
-    close_quiet(log);
-    close_quiet(agent);
+        rc = fsproc_run(c->verb, v->name, c->option, c->task == TASK_RESIZE ? value : NULL, fds, 3 + c->nfds, sink, why);
+    for (int i = 0; i < 3; i++)
+        close_quiet(fds[i]);
     return rc;
 }
 
-int volumes_check(const char *name, bool data, void (*line)(void *ctx, const char *text), void *ctx, struct why *why)
+static int care(struct plugin_volume *v, const struct care *c, const struct fsproc_sink *sink, struct why *why)
 {
-    struct plugin_volume *v = registry_find_ref(name);
-    struct fsproc *fs = NULL;
+    struct fsproc *fs = mounts_server_ref(v);
     int rc;
 
-    if (!v)
-        return why_set(why, -ENOENT, "no such volume: %.140s", name);
-    fs = mounts_server_ref(v);
-    rc = fs ? fsproc_check(fs, line, ctx, why) : check_unmounted(v, data, line, ctx, why);
+    if (fs && !c->task) {
+        rc = why_set(why, -EBUSY, "volume %s is mounted: stop the containers that use it, or unmount it", v->name);
+    } else if (fs) {
+        rc = fsproc_task(fs, c->task, c->value, c->fds, c->nfds, sink, why);
+    } else if (!c->verb) {
+        rc = why_set(why, -EINVAL, "volume %s is not mounted: run coffer volume check --data %s", v->name, v->name);
+    } else if (mutex_lock_for(&v->op_lock, MOUNTS_PATIENCE_MS) < 0) {
+        rc = why_set(why, -EBUSY, "volume %s is busy with another operation: try again later", v->name);
+    } else {
+        rc = mounts_busy(v) ? why_set(why, -EBUSY, "volume %s is in use: try again, or unmount it", v->name)
+                            : care_unmounted(v, c, sink, why);
+        pthread_mutex_unlock(&v->op_lock);
+    }
     fsproc_unref(fs);
-    registry_unref(v);
     return rc;
+}
+
+int volumes_check(struct plugin_volume *v, bool data, const struct fsproc_sink *sink, struct why *why)
+{
+    const struct care c = {.verb = "check", .task = TASK_CHECK, .option = data ? "--data" : NULL, .value = data};
+
+    return care(v, &c, sink, why);
+}
+
+int volumes_repair(struct plugin_volume *v, const struct fsproc_sink *sink, struct why *why)
+{
+    const struct care c = {.verb = "repair"};
+    char text[64];
+    int rc;
+
+    agent_note(v->name, "repair", "repair began");
+    rc = care(v, &c, sink, why);
+    snprintf(text, sizeof(text), rc < 0 ? "repair failed" : "repair ended: %d things lost or mended", rc);
+    agent_note(v->name, "repair", text);
+    return rc;
+}
+
+int volumes_scrub(struct plugin_volume *v, uint64_t rate, struct why *why)
+{
+    static const struct fsproc_sink none;
+    const struct care c = {.task = TASK_SCRUB, .value = rate};
+
+    return care(v, &c, &none, why);
+}
+
+/* The volume's own limit first: the record only says what it is. */
+int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why)
+{
+    static const struct fsproc_sink none;
+    const struct care c = {.verb = "resize", .task = TASK_RESIZE, .option = "--size", .value = size};
+    int rc;
+
+    if (size < VOLUME_SIZE_MIN || size > VOLUME_SIZE_MAX)
+        return why_set(why, -EINVAL, "size: give 64M to 16T");
+    rc = agent_need_unlocked(why);
+    if (rc == 0)
+        rc = care(v, &c, &none, why);
+    if (rc == 0)
+        rc = agent_volume_set_size(v->name, size, why);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&registry_lock);
+    v->params.size_limit = size;
+    pthread_mutex_unlock(&registry_lock);
+    rc = registry_save();
+    return rc < 0 ? why_set(why, rc, "it is done, but the state file cannot be written: %s", strerror(-rc)) : 0;
 }
 
 /* --- the keystore's view --- */
@@ -704,6 +771,11 @@ json_t *volumes_inspect(struct plugin_volume *v, bool ask_agent)
                   (int)(have_stat && st.unlocked), "mountpoint", path, "used",
                   have_stat && st.unlocked ? json_integer((json_int_t)st.stat.used) : json_null(), "attached",
                   (int)v->attached, "holders", (json_int_t)holder_total(v));
+    if (have_stat && st.scrub_total)
+        json_object_set_new(o, "scrub",
+                            json_pack("{s:b, s:I, s:I, s:I}", "running", (int)st.scrubbing, "done",
+                                      (json_int_t)st.scrub_done, "total", (json_int_t)st.scrub_total, "findings",
+                                      (json_int_t)st.scrub_findings));
     pthread_mutex_unlock(&registry_lock);
     fsproc_unref(fs);
     free(path);

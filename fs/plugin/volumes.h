@@ -4,6 +4,7 @@
 #ifndef COFFER_PLUGIN_VOLUMES_H
 #define COFFER_PLUGIN_VOLUMES_H
 
+#include "fsproc.h"
 #include "registry.h"
 
 /* --- what is asked for --- */
@@ -25,8 +26,14 @@ int volumes_spec_add_rule(struct volume_spec *s, bool deny, const char *rule, si
 int volumes_create(const char *name, const struct volume_spec *s, bool engine, struct why *why);
 /* Destroys the key, then the files. -EBUSY while it is mounted or held; -ENOENT. */
 int volumes_remove(const char *name, struct why *why);
-/* Checks it; line() gets the findings. Returns their number. */
-int volumes_check(const char *name, bool data, void (*line)(void *ctx, const char *text), void *ctx, struct why *why);
+/* Checks it, mounted or not; the sink gets the findings. Returns their number. */
+int volumes_check(struct plugin_volume *v, bool data, const struct fsproc_sink *sink, struct why *why);
+/* Repairs it; it is not mounted. The sink gets what was lost and mended; its number. */
+int volumes_repair(struct plugin_volume *v, const struct fsproc_sink *sink, struct why *why);
+/* Starts a scrub in the server of a mounted volume, at so many bytes a second. */
+int volumes_scrub(struct plugin_volume *v, uint64_t rate, struct why *why);
+/* Changes its limit, mounted or not. */
+int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why);
 /* Takes over from an unlocked keystore: volumes that the table lost, and whether each is fresh or used. */
 void volumes_reconcile(void);
 /* Reads the volume's rules anew after a change. */

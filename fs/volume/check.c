@@ -9,7 +9,8 @@
  * looked up again.
  */
 #include "fs/volume/names.h"
-#include "fs/volume/space.h"
+#include "fs/volume/table.h"
+#include "fs/volume/view.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,21 +34,17 @@ struct seen_extent {
     uint8_t chunks;              /* 0: malformed */
 };
 
-/* Sorted by number, since items come in key order. */
-struct table {
-    uint8_t *at;
-    size_t n, cap, size;
-};
-
 struct check {
     struct volume *v;
-    void (*line)(void *ctx, const char *text);
-    void *ctx;
+    struct view view;
+    const struct volume_report *report;
     int findings;
     struct table inodes, extents;
-    bool quiet;     /* nothing is dirty: items, bitmaps and nodes on disk are the same state */
     uint8_t *units; /* bitmap: seen in use */
     uint64_t nunits, seen_units;
+    uint64_t leaked, missing, first_leaked, first_missing; /* of the bitmaps */
+    uint64_t regions;
+    uint64_t done;  /* bytes of content read */
 };
 
 __attribute__((format(printf, 2, 3))) static void finding(struct check *c, const char *fmt, ...)
@@ -59,42 +56,10 @@ __attribute__((format(printf, 2, 3))) static void finding(struct check *c, const
     vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
     c->findings++;
-    c->line(c->ctx, text);
+    c->report->line(c->report->ctx, text);
 }
 
 #define U(x) ((unsigned long long)(x))
-
-/* --- tables --- */
-
-static void *table_add(struct table *t)
-{
-    if (t->n == t->cap) {
-        t->cap = t->cap ? t->cap * 2 : 256;
-        t->at = xrealloc(t->at, t->cap * t->size);
-    }
-    memset(t->at + t->n * t->size, 0, t->size);
-    return t->at + t->n++ * t->size;
-}
-
-/* Both entry types begin with their number. */
-static void *table_find(const struct table *t, uint64_t number)
-{
-    size_t lo = 0, hi = t->n;
-
-    while (lo < hi) {
-        size_t mid = (lo + hi) / 2;
-        uint64_t have;
-
-        memcpy(&have, t->at + mid * t->size, sizeof(have));
-        if (have == number)
-            return t->at + mid * t->size;
-        if (have < number)
-            lo = mid + 1;
-        else
-            hi = mid;
-    }
-    return NULL;
-}
 
 _Static_assert(offsetof(struct seen_inode, ino) == 0 && offsetof(struct seen_extent, id) == 0,
                "table_find compares the first member");
@@ -129,30 +94,14 @@ static int visit_node(void *ctx, uint64_t addr, unsigned level, int err)
 
 static void check_units(struct check *c)
 {
-    uint64_t leaked = 0, missing = 0, first_leaked = 0, first_missing = 0;
-    uint8_t used[REGION_UNITS / 8];
-
-    for (uint64_t at = 0; at < c->nunits; at += 8) {
-        uint8_t seen = c->units[at / 8], have;
-
-        if (at % REGION_UNITS == 0)
-            space_get_bitmap(c->v->space, at / REGION_UNITS, used);
-        have = used[at % REGION_UNITS / 8];
-        for (unsigned k = 0; k < 8 && have != seen; k++) {
-            if ((have & ~seen) >> k & 1 && leaked++ == 0)
-                first_leaked = at + k;
-            if ((seen & ~have) >> k & 1 && missing++ == 0)
-                first_missing = at + k;
-        }
-    }
-    if (leaked)
-        finding(c, "free space: %llu units are marked used but nothing uses them, the first is %llu", U(leaked),
-                U(first_leaked));
-    if (missing)
-        finding(c, "free space: %llu units are in use but marked free, the first is %llu", U(missing),
-                U(first_missing));
-    if (space_used(c->v->space) != c->seen_units)
-        finding(c, "free space: used units, have %llu expect %llu", U(space_used(c->v->space)), U(c->seen_units));
+    if (c->leaked)
+        finding(c, "free space: %llu units are marked used but nothing uses them, the first is %llu", U(c->leaked),
+                U(c->first_leaked));
+    if (c->missing)
+        finding(c, "free space: %llu units are in use but marked free, the first is %llu", U(c->missing),
+                U(c->first_missing));
+    if (c->view.used_units != c->seen_units)
+        finding(c, "free space: used units, have %llu expect %llu", U(c->view.used_units), U(c->seen_units));
 }
 
 /* --- items --- */
@@ -272,32 +221,35 @@ static void see_extent(struct check *c, const struct tree_iter *it)
     }
     if (!live)
         finding(c, "corrupt extent: %llu, nothing refers to it", U(s->id));
-    if (s->id >= atomic_load(&c->v->next_extent))
+    if (s->id >= c->view.next_extent)
         finding(c, "corrupt extent: %llu, number is above the next one", U(s->id));
 }
 
-/* A bitmap's item must be the bitmap in memory. */
+/* SPACE items come last: all units in use have been seen. */
 static void see_space(struct check *c, const struct tree_iter *it)
 {
-    uint8_t used[REGION_UNITS / 8];
-    uint64_t differ = 0;
+    uint64_t first = it->key.a * REGION_UNITS;
 
-    if (it->key.a >= c->nunits / REGION_UNITS || it->len != REGION_UNITS / 8) {
+    if (it->key.a >= c->view.regions || it->len != REGION_UNITS / 8) {
         finding(c, "corrupt free space: region %llu, behind the end or malformed", U(it->key.a));
         return;
     }
-    if (!c->quiet)
-        return;
-    space_get_bitmap(c->v->space, it->key.a, used);
-    for (unsigned i = 0; i < sizeof(used); i++)
-        differ += (unsigned)__builtin_popcount(it->value[i] ^ used[i]);
-    if (differ)
-        finding(c, "corrupt free space: region %llu, %llu units differ from the state in memory", U(it->key.a),
-                U(differ));
+    for (uint64_t i = 0; i < REGION_UNITS / 8; i++) {
+        uint8_t seen = c->units[first / 8 + i], used = it->value[i];
+
+        for (unsigned k = 0; k < 8 && seen != used; k++) {
+            if ((used & ~seen) >> k & 1 && c->leaked++ == 0)
+                c->first_leaked = first + i * 8 + k;
+            if ((seen & ~used) >> k & 1 && c->missing++ == 0)
+                c->first_missing = first + i * 8 + k;
+        }
+    }
+    c->regions++;
 }
 
-static void see_item(struct check *c, const struct tree_iter *it)
+static int see_item(void *ctx, const struct tree_iter *it)
 {
+    struct check *c = ctx;
     struct seen_inode *s;
 
     switch ((enum item_kind)it->key.kind) {
@@ -329,38 +281,28 @@ static void see_item(struct check *c, const struct tree_iter *it)
         see_space(c, it);
         break;
     }
+    return volume_report_stop(c->report) ? -ECANCELED : 0;
 }
 
 /* Ranges come before extents: a second walk over them counts references. */
-static int count_references(struct check *c)
+static int count_reference(void *ctx, const struct tree_iter *it)
 {
-    struct tree_iter it;
-    int rc = tree_iter_seek(c->v->tree, &(struct tree_key){.kind = ITEM_RANGE}, &it);
+    const struct disk_range *d = (const struct disk_range *)it->value;
+    unsigned first = le16_get(d->first), count = le16_get(d->count);
+    struct check *c = ctx;
+    struct seen_extent *e;
 
-    for (; rc == 0 && it.key.kind == ITEM_RANGE; rc = tree_iter_next(&it)) {
-        const struct disk_range *d = (const struct disk_range *)it.value;
-        struct seen_extent *e = table_find(&c->extents, le64_get(d->extent));
-        unsigned first = le16_get(d->first), count = le16_get(d->count);
-
-        if (!e || first + count > e->chunks) {
-            finding(c, "corrupt range: inode %llu, block %llu, extent %llu is missing or too short", U(it.key.a),
-                    U(it.key.b), U(le64_get(d->extent)));
-            continue;
-        }
-        for (unsigned i = first; i < first + count; i++)
-            e->owed[i]--;
-    }
-    return rc == -ENOENT ? 0 : rc;
-}
-
-static int walk_items(struct check *c)
-{
-    struct tree_iter it;
-    int rc = tree_iter_seek(c->v->tree, &(struct tree_key){0}, &it);
-
-    for (; rc == 0; rc = tree_iter_next(&it))
-        see_item(c, &it);
-    return rc == -ENOENT ? 0 : rc;
+    if (it->key.kind != ITEM_RANGE)
+        return 1;
+    if (le64_get(d->extent) == EXTENT_LOST)
+        return 0;
+    e = table_find(&c->extents, le64_get(d->extent));
+    if (!e || first + count > e->chunks)
+        finding(c, "corrupt range: inode %llu, block %llu, extent %llu is missing or too short", U(it->key.a),
+                U(it->key.b), U(le64_get(d->extent)));
+    for (unsigned i = first; e && i < MIN(first + count, e->chunks); i++)
+        e->owed[i]--;
+    return 0;
 }
 
 /* --- after the walk --- */
@@ -386,7 +328,7 @@ static void check_inode(struct check *c, const struct seen_inode *s)
 {
     struct inode inode, *i = &inode;
 
-    if (s->bad || inode_get(c->v, s->ino, i) < 0)
+    if (s->bad || view_inode(&c->view, s->ino, i) < 0)
         return; /* reported by the walk */
     if (S_ISDIR(i->mode))
         check_dir(c, s, i);
@@ -404,8 +346,8 @@ static void check_inode(struct check *c, const struct seen_inode *s)
                 U(i->size));
     if (!s->trim && s->next_block > (i->size + c->v->block - 1) / c->v->block)
         finding(c, "corrupt inode: %llu, has blocks behind its end", U(i->ino));
-    if (i->ino >= c->v->next_inode)
-        finding(c, "corrupt inode: %llu, number is above the next one, %llu", U(i->ino), U(c->v->next_inode));
+    if (i->ino >= c->view.next_inode)
+        finding(c, "corrupt inode: %llu, number is above the next one, %llu", U(i->ino), U(c->view.next_inode));
 }
 
 static void check_extent(struct check *c, const struct seen_extent *s)
@@ -425,117 +367,119 @@ static void check_tables(struct check *c)
         check_inode(c, (const struct seen_inode *)(c->inodes.at + i * c->inodes.size));
     for (size_t i = 0; i < c->extents.n; i++)
         check_extent(c, (const struct seen_extent *)(c->extents.at + i * c->extents.size));
-    if (c->inodes.n != c->v->inodes)
-        finding(c, "corrupt volume: inodes, have %llu expect %zu", U(c->v->inodes), c->inodes.n);
+    if (c->inodes.n != c->view.inodes)
+        finding(c, "corrupt volume: inodes, have %llu expect %zu", U(c->view.inodes), c->inodes.n);
 }
 
-/* [state shared] */
-static void check_structure(struct check *c)
+/* 0, or an error that says nothing about the volume. */
+static int check_structure(struct check *c)
 {
     int before = c->findings, rc;
 
-    c->quiet = tree_dirty_nodes(c->v->tree) == 0 && !space_has_pending(c->v->space);
-    c->nunits = space_regions(c->v->space) * REGION_UNITS;
+    c->nunits = c->view.regions * REGION_UNITS;
     c->units = xcalloc(1, c->nunits / 8);
     for (unsigned i = 0; i < SUPER_SLOTS * SUPER_COPIES; i++)
         use_units(c, SUPER_UNIT(i % SUPER_SLOTS, i / SUPER_SLOTS), 1, "superblock", i);
-    tree_visit(c->v->tree, visit_node, c);
+    rc = tree_visit(c->view.tree, visit_node, c);
+    if (rc < 0)
+        return rc;
     if (c->findings > before) {
         finding(c, "the tree is damaged: what hangs on the damaged nodes was not checked");
-        return;
+        return 0;
     }
-    rc = walk_items(c);
+    rc = view_walk(&c->view, &(struct tree_key){0}, see_item, c);
     if (rc == 0)
-        rc = count_references(c);
+        rc = view_walk(&c->view, &(struct tree_key){.kind = ITEM_RANGE}, count_reference, c);
+    if (rc == -ECANCELED)
+        return rc;
     if (rc < 0) {
         finding(c, "the tree cannot be walked: %s", strerror(-rc));
-        return;
+        return 0;
     }
     check_tables(c);
-    if (c->quiet)
+    if (c->view.exact && c->regions != c->view.regions)
+        finding(c, "free space: regions with a bitmap, have %llu expect %llu", U(c->regions), U(c->view.regions));
+    if (c->view.exact)
         check_units(c);
-    else
-        c->line(c->ctx, "note: the volume was changed all the time; free space was not compared");
+    return 0;
 }
 
 /* --- content --- */
-
-static int reload_extent(struct volume *v, uint64_t id, struct extent *ret)
-{
-    struct tree_key key = tree_key(ITEM_EXTENT, id, 0);
-    const uint8_t *value;
-    size_t len;
-    int rc;
-
-    pthread_rwlock_rdlock(&v->state);
-    rc = tree_get(v->tree, &key, &value, &len);
-    if (rc == 0)
-        rc = extent_decode(id, value, len, ret);
-    pthread_rwlock_unlock(&v->state);
-    return rc;
-}
-
-static bool readable(struct check *c, const struct extent *e, unsigned first, unsigned n, uint8_t *plain)
-{
-    return extent_read(c->v->keys, c->v->data, e, c->v->block, first, n, plain) == 0;
-}
 
 /* Reads each row of chunks that are in use; where that fails, one by one. plain: EXTENT_BYTES. */
 static void check_content(struct check *c, uint64_t id, uint8_t *plain)
 {
     struct extent e, now;
 
-    if (reload_extent(c->v, id, &e) < 0)
-        return; /* freed since the walk */
+    view_lock(&c->view);
+    if (view_extent(&c->view, id, &e) < 0)
+        e.chunks = 0; /* reported by the walk */
+    view_unlock(&c->view);
     for (unsigned i = 0, n; i < e.chunks; i += n) {
         for (n = 0; i + n < e.chunks && e.ref[i + n]; n++)
             ;
-        if (n == 0 || readable(c, &e, i, n, plain)) {
+        c->done += (uint64_t)n * c->v->block;
+        if (n == 0 || extent_read(c->v->keys, c->v->data, &e, c->v->block, i, n, plain) == 0) {
             n += n == 0;
             continue;
         }
         for (unsigned k = i; k < i + n; k++) {
-            /* Perhaps its units went to somebody else while it was read: then it is freed by now. */
-            if (!readable(c, &e, k, 1, plain) && reload_extent(c->v, id, &now) == 0 && now.ref[k])
+            if (extent_read(c->v->keys, c->v->data, &e, c->v->block, k, 1, plain) == 0)
+                continue;
+            view_lock(&c->view);
+            if (!view_stale(&c->view) && view_extent(&c->view, id, &now) == 0)
                 finding(c, "corrupt data: extent %llu chunk %u at unit %llu does not authenticate or cannot be read",
                         U(id), k, U(e.addr + (uint64_t)k * c->v->block_units));
+            view_unlock(&c->view);
         }
     }
 }
 
-static void check_contents(struct check *c)
+static int check_contents(struct check *c)
 {
     uint8_t *plain = xmalloc(EXTENT_BYTES);
+    int rc = 0;
 
-    for (size_t i = 0; i < c->extents.n; i++)
+    for (size_t i = 0; i < c->extents.n && rc == 0; i++) {
         check_content(c, ((const struct seen_extent *)(c->extents.at + i * c->extents.size))->id, plain);
+        volume_report_progress(c->report, MIN(c->done, c->view.used_units * UNIT_BYTES),
+                               c->view.used_units * UNIT_BYTES);
+        rc = volume_report_stop(c->report) ? -ECANCELED : 0;
+    }
     explicit_bzero(plain, EXTENT_BYTES);
     free(plain);
+    return rc;
+}
+
+int volume_check_report(struct volume *v, bool data, const struct volume_report *report)
+{
+    struct check c = {.v = v,
+                      .report = report,
+                      .inodes = {.size = sizeof(struct seen_inode)},
+                      .extents = {.size = sizeof(struct seen_extent)}};
+    int rc = view_open(v, true, &c.view);
+
+    if (rc < 0) {
+        finding(&c, "corrupt node: the tree's root does not authenticate or cannot be read");
+        return c.findings;
+    }
+    c.findings += view_check_super(&c.view, report->line, report->ctx);
+    view_lock(&c.view);
+    rc = check_structure(&c);
+    view_unlock(&c.view);
+    if (rc == 0 && data)
+        rc = check_contents(&c);
+    if (rc == 0 && view_stale(&c.view))
+        rc = -EBUSY; /* the space of what was being checked was needed */
+    view_close(&c.view);
+    table_free(&c.inodes);
+    table_free(&c.extents);
+    free(c.units);
+    volume_trim(v);
+    return rc < 0 ? rc : c.findings;
 }
 
 int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char *text), void *ctx)
 {
-    struct check c = {.v = v,
-                      .line = line,
-                      .ctx = ctx,
-                      .inodes = {.size = sizeof(struct seen_inode)},
-                      .extents = {.size = sizeof(struct seen_extent)}};
-
-    for (int tries = 0;; tries++) {
-        if (!v->read_only && !v->failed)
-            volume_checkpoint(v);
-        pthread_rwlock_rdlock(&v->state);
-        if (tree_dirty_nodes(v->tree) == 0 || tries == 5)
-            break;
-        pthread_rwlock_unlock(&v->state);
-    }
-    check_structure(&c);
-    pthread_rwlock_unlock(&v->state);
-    if (data)
-        check_contents(&c);
-    free(c.inodes.at);
-    free(c.extents.at);
-    free(c.units);
-    volume_trim(v);
-    return c.findings;
+    return volume_check_report(v, data, &(struct volume_report){.line = line, .ctx = ctx});
 }

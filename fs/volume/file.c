@@ -73,8 +73,11 @@ static int extent_lookup(struct volume *v, uint64_t id, struct extent *ret)
     struct tree_key key = tree_key(ITEM_EXTENT, id, 0);
     const uint8_t *value;
     size_t len;
-    int rc = tree_get(v->tree, &key, &value, &len);
+    int rc;
 
+    if (id == EXTENT_LOST)
+        return -EIO; /* was reported by the repair */
+    rc = tree_get(v->tree, &key, &value, &len);
     if (rc == -ENOENT || (rc == 0 && extent_decode(id, value, len, ret) < 0)) {
         volume_damage(v, "corrupt extent: %llu, missing or malformed record", (unsigned long long)id);
         return -EIO;
@@ -96,8 +99,9 @@ static int tx_extent(struct tx *tx, uint64_t id, struct extent *ret)
 static int tx_put_range(struct tx *tx, uint64_t ino, const struct range *r)
 {
     struct tree_key key = tree_key(ITEM_RANGE, ino, r->block);
-    struct disk_range d = {
-        .extent = le64_make(r->extent), .first = le16_make((uint16_t)r->first), .count = le16_make((uint16_t)r->count)};
+    struct disk_range d = {.extent = le64_make(r->extent),
+                           .first = le16_make(r->extent == EXTENT_LOST ? 0 : (uint16_t)r->first),
+                           .count = le16_make((uint16_t)r->count)};
 
     return tx_put(tx, &key, &d, sizeof(d));
 }
@@ -119,6 +123,8 @@ static int tx_unref(struct tx *tx, uint64_t id, unsigned first, unsigned count)
     struct extent e;
     int rc;
 
+    if (id == EXTENT_LOST)
+        return 0;
     rc = tx_extent(tx, id, &e);
     if (rc < 0)
         return rc;

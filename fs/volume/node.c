@@ -242,6 +242,8 @@ static const char *check_range(const uint8_t *v, size_t n)
 
     if (n != sizeof(*d))
         return "length";
+    if (le64_get(d->extent) == EXTENT_LOST)
+        return le16_get(d->count) < 1 || le16_get(d->first) ? "lost blocks" : NULL;
     if (le16_get(d->count) < 1 || le16_get(d->first) + le16_get(d->count) > EXTENT_CHUNKS_MAX)
         return "chunks";
     return NULL;

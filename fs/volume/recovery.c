@@ -16,6 +16,7 @@
 #include "fs/volume/recovery.h"
 
 #include "fs/volume/log.h"
+#include "fs/volume/repair.h"
 #include "fs/volume/space.h"
 #include "fs/volume/tx.h"
 
@@ -117,7 +118,7 @@ static int scan_segment(struct volume *v, uint64_t generation, struct row *row)
     if (rc < 0) {
         volume_damage(v, "log: segment %llu cannot be read (%s)", (unsigned long long)(generation % LOG_SEGMENTS),
                       strerror(-rc));
-        return -EIO;
+        return v->repair ? 0 : -EIO; /* then it holds no record */
     }
     for (uint64_t sector = 0; sector < bytes / SECTOR_BYTES;) {
         struct record r = {0};
@@ -150,7 +151,9 @@ static int64_t find_end(struct volume *v, const struct row *row, uint64_t last)
         n++;
     for (size_t i = 0; i < row->n; i++)
         flushed = MAX(flushed, le64_get(row->record[i].head.flushed));
-    if (flushed >= last + n + 1) {
+    if (flushed >= last + n + 1 && v->repair) {
+        repair_log_cut(v->repair, last + n + 1, row->n - n);
+    } else if (flushed >= last + n + 1) {
         volume_damage(v, "log: record %llu was durable and is damaged", (unsigned long long)(last + n + 1));
         return -EIO;
     }

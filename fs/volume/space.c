@@ -41,10 +41,13 @@ struct space {
     uint64_t used, inflight, free_units, whole, dirty;
     uint64_t cursor;      /* where the search for data goes on */
     uint64_t node_cursor; /* a region that had room for nodes */
+    uint64_t hold;        /* names the holds of this time */
+    unsigned holds;
     struct run_list released, frozen;
 };
 
-#define WORDS (REGION_UNITS / 64)
+#define WORDS      (REGION_UNITS / 64)
+#define HOLD_UNITS 2048 /* free space at which holds end */
 
 /* --- bits --- */
 
@@ -155,11 +158,28 @@ struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_uni
     s->data = data;
     s->limit = limit_units;
     s->reserve = reserve_units;
-    s->regions_max = MAX((limit_units + REGION_UNITS - 1) / REGION_UNITS, regions);
-    s->region = xcalloc(s->regions_max, sizeof(*s->region)); /* 10 MiB for 16 TiB, resident as far as it is used */
+    s->regions_max = (limit_units + REGION_UNITS - 1) / REGION_UNITS;
+    /* As many as there can ever be: 10 MiB, resident as far as it is used. */
+    s->region = xcalloc(VOLUME_SIZE_MAX / REGION_BYTES, sizeof(*s->region));
     for (uint64_t i = 0; i < regions; i++)
         add_region(s);
     return s;
+}
+
+int space_set_limit(struct space *s, uint64_t limit_units, uint64_t reserve_units)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&s->mutex);
+    if (s->used + s->inflight + reserve_units > limit_units) {
+        rc = -ENOSPC;
+    } else {
+        s->limit = limit_units;
+        s->reserve = reserve_units;
+        s->regions_max = (limit_units + REGION_UNITS - 1) / REGION_UNITS;
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return rc;
 }
 
 void space_free(struct space *s)
@@ -518,20 +538,15 @@ uint64_t space_dirty_regions(struct space *s)
     return n;
 }
 
-static void get_bitmap(const struct region *r, uint8_t bitmap[REGION_UNITS / 8])
+bool space_is_used(struct space *s, uint64_t unit)
 {
-    for (unsigned i = 0; i < WORDS; i++) {
-        le64 word = le64_make(r->used[i]);
+    bool used = false;
 
-        memcpy(bitmap + i * 8, &word, 8);
-    }
-}
-
-void space_get_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
-{
     pthread_mutex_lock(&s->mutex);
-    get_bitmap(&s->region[region], bitmap);
+    if (unit / REGION_UNITS < s->regions)
+        used = bit_get(s->region[unit / REGION_UNITS].used, (uint32_t)(unit % REGION_UNITS));
     pthread_mutex_unlock(&s->mutex);
+    return used;
 }
 
 uint64_t space_used(struct space *s)
@@ -581,7 +596,11 @@ int64_t space_next_dirty(struct space *s, uint64_t from)
 void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8])
 {
     pthread_mutex_lock(&s->mutex);
-    get_bitmap(&s->region[region], bitmap);
+    for (unsigned i = 0; i < WORDS; i++) {
+        le64 word = le64_make(s->region[region].used[i]);
+
+        memcpy(bitmap + i * 8, &word, 8);
+    }
     set_dirty(s, &s->region[region], false);
     pthread_mutex_unlock(&s->mutex);
 }
@@ -595,11 +614,61 @@ void space_freeze(struct space *s)
     pthread_mutex_unlock(&s->mutex);
 }
 
+/* Is there space besides the reserve that a checkpoint and the data before it can be put into? */
+static bool roomy(struct space *s)
+{
+    uint64_t keep = 2 * s->reserve + HOLD_UNITS;
+
+    while ((s->free_units < keep || s->whole * NODE_UNITS < keep) && s->regions < s->regions_max)
+        if (grow(s) < 0)
+            break;
+    return s->free_units >= keep && s->whole * NODE_UNITS >= keep;
+}
+
 void space_thaw(struct space *s)
 {
     pthread_mutex_lock(&s->mutex);
+    if (s->holds && roomy(s)) {
+        pthread_mutex_unlock(&s->mutex);
+        return;
+    }
+    if (s->holds) {
+        s->holds = 0;
+        s->hold++;
+    }
     for (size_t i = 0; i < s->frozen.n; i++)
         make_free(s, s->frozen.run[i].addr, s->frozen.run[i].units);
     s->frozen.n = 0;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+/* --- holds --- */
+
+uint64_t space_hold(struct space *s)
+{
+    uint64_t hold;
+
+    pthread_mutex_lock(&s->mutex);
+    s->holds++;
+    hold = s->hold;
+    pthread_mutex_unlock(&s->mutex);
+    return hold;
+}
+
+bool space_held(struct space *s, uint64_t hold)
+{
+    bool held;
+
+    pthread_mutex_lock(&s->mutex);
+    held = s->holds && s->hold == hold;
+    pthread_mutex_unlock(&s->mutex);
+    return held;
+}
+
+void space_unhold(struct space *s, uint64_t hold)
+{
+    pthread_mutex_lock(&s->mutex);
+    if (s->holds && s->hold == hold)
+        s->holds--;
     pthread_mutex_unlock(&s->mutex);
 }

@@ -22,6 +22,9 @@
 struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_units, uint64_t reserve_units);
 void space_free(struct space *s);
 
+/* Changes the limit and the reserve. -ENOSPC: more than that is used. */
+int space_set_limit(struct space *s, uint64_t limit_units, uint64_t reserve_units);
+
 /* Takes over a SPACE item when a volume is opened. */
 void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[REGION_UNITS / 8]);
 
@@ -46,8 +49,7 @@ bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
 uint64_t space_dirty_regions(struct space *s);
 /* Would a checkpoint, or the end of the one under way, make units free? */
 bool space_has_pending(struct space *s);
-/* Copies a region's used bits, as a SPACE item holds them. */
-void space_get_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8]);
+bool space_is_used(struct space *s, uint64_t unit);
 uint64_t space_used(struct space *s);
 uint64_t space_regions(struct space *s);
 void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64_t *ret_reserve);
@@ -60,7 +62,15 @@ int64_t space_next_dirty(struct space *s, uint64_t from);
 void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8]);
 /* Units released until now become free at the next space_thaw. */
 void space_freeze(struct space *s);
-/* The checkpoint is durable. */
+/* The checkpoint is durable. While something holds the space, and enough is left, what was freed is kept back. */
 void space_thaw(struct space *s);
+
+/* --- holding a generation (view.h) --- */
+
+/* [between checkpoints] From now on nothing that the newest superblock refers to becomes free, until space_unhold of
+ * every hold, or until the volume needs the space: then space_held is false for all holds of that time. */
+uint64_t space_hold(struct space *s);
+bool space_held(struct space *s, uint64_t hold);
+void space_unhold(struct space *s, uint64_t hold);
 
 #endif

@@ -38,7 +38,7 @@ struct volume {
     struct vkeys *keys;
     struct volume_options options;
     struct disk_super super; /* the newest durable one [checkpoint_mutex] */
-    struct volume_params params; /* what of it never changes */
+    struct volume_params params; /* of it; size_limit changes with volume_resize [state] */
     unsigned super_slot;     /* where it lies [checkpoint_mutex] */
     uint32_t block;          /* bytes of a block */
     uint32_t block_units;
@@ -72,6 +72,7 @@ struct volume {
 
     _Atomic bool failed;
     bool read_only;
+    struct repair *repair; /* while volume_repair opens it (repair.h) */
     bool space_lost; /* the bitmaps could not be read: read-only, and recovery changes none */
 
     pthread_t thread;          /* background: checkpoints and the 5 s flush */
@@ -89,6 +90,11 @@ int volume_fail(struct volume *v, const char *what, int err);
  * and the one that got 0 would go on to a superblock. 0 or -EIO.
  */
 int volume_sync_data(struct volume *v);
+/* Reads and opens the node at ptr. -EBADMSG or the store's error; reports nothing. */
+int volume_read_node(struct volume *v, const struct disk_ptr *ptr, unsigned level, uint8_t *page);
+/* Dirty nodes that force a checkpoint, and units kept for checkpoints, by the limit. */
+size_t volume_dirty_max(uint64_t limit_units);
+uint64_t volume_reserve(uint64_t limit_units);
 /* One line to on_damage. */
 void volume_damage(struct volume *v, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 

@@ -1019,3 +1019,89 @@ int tree_visit(struct tree *t, tree_visit_fn visit, void *ctx)
 {
     return visit_below(t, t->root, visit, ctx);
 }
+
+/* --- repair --- */
+
+/* A node of that level that holds nothing, with what must be below it. The lowest key of an inner one is key. */
+static struct node *empty_node(struct tree *t, unsigned level, const struct disk_key *key)
+{
+    static const struct disk_ptr none;
+    struct node *n = new_node(t, level);
+
+    if (level) {
+        node_insert(n->page, 0, key, &none, sizeof(none));
+        kids_open(n, 0, 0, empty_node(t, level - 1, key));
+    }
+    return n;
+}
+
+/* The first key behind what is below the path's node d. False: there is none. */
+static bool next_separator(const struct tree_iter *it, unsigned d, struct disk_key *ret)
+{
+    for (;; d--) {
+        const struct node *n = it->node[d];
+
+        if (it->slot[d] + 1 < node_count(n->page)) {
+            *ret = *node_key(n->page, it->slot[d] + 1);
+            return true;
+        }
+        if (d == 0)
+            return false;
+    }
+}
+
+int tree_behind(struct tree *t, const struct tree_key *key, struct tree_key *ret_key)
+{
+    struct disk_key k, next;
+    struct tree_iter it;
+
+    tree_key_encode(key, &k);
+    if (descend(t, &k, &it) == 0) {
+        /* The walk stopped at the leaf after this one. */
+        if (it.levels < 2 || !next_separator(&it, it.levels - 2, &next) || descend(t, &next, &it) == 0)
+            return -ENOENT;
+    }
+    if (!next_separator(&it, it.levels - 1, &next))
+        return -ENOENT;
+    tree_key_decode(&next, ret_key);
+    return 0;
+}
+
+int tree_prune(struct tree *t, tree_lost_fn lost, void *ctx)
+{
+    struct disk_key key = {0};
+
+    for (;;) {
+        struct tree_iter it;
+        bool failed = descend(t, &key, &it) < 0, more = it.levels > (failed ? 0u : 1u);
+        struct disk_key next;
+
+        /* The last node of the path with a slot: of a readable leaf its parent, else the parent of the unreadable one. */
+        if (more)
+            more = next_separator(&it, it.levels - (failed ? 1 : 2), &next);
+        if (failed) {
+            struct node *parent = it.node[it.levels - 1];
+            unsigned i = it.slot[it.levels - 1], level = node_level(parent->page) - 1;
+            struct disk_key lowest = *node_key(parent->page, i);
+            struct tree_key lo, hi = {.kind = UINT8_MAX};
+            struct disk_ptr ptr;
+            size_t len;
+
+            memcpy(&ptr, node_value(parent->page, i, &len), sizeof(ptr));
+            tree_key_decode(&lowest, &lo);
+            if (more)
+                tree_key_decode(&next, &hi);
+            make_dirty(t, parent);
+            drop_address(t, le64_get(ptr.addr));
+            set_kid(parent, i, empty_node(t, level, &lowest));
+            kid_of(parent, i)->parent = parent;
+            parent->kids_loaded++;
+            lost(ctx, le64_get(ptr.addr), level, &lo, &hi);
+        }
+        if (!more)
+            return 0;
+        key = next;
+        if (tree_wants_trim(t))
+            tree_trim(t);
+    }
+}

@@ -53,6 +53,9 @@ int tree_ge(struct tree *t, const struct tree_key *key, struct tree_key *ret_key
 int tree_le(struct tree *t, const struct tree_key *key, struct tree_key *ret_key, const uint8_t **ret_value,
             size_t *ret_len);
 
+/* [S] Where the node for key cannot be read: the first key behind it. -ENOENT: there is none, or it and the next can be read. */
+int tree_behind(struct tree *t, const struct tree_key *key, struct tree_key *ret_key);
+
 /* [S] A walk in key order that keeps its place in a leaf: first tree_iter_seek (at or above key), then next. The lock is
  * held from seek to the last use. 0, -ENOENT past the last item, -EIO. */
 struct tree_iter {
@@ -128,5 +131,11 @@ int tree_check_page(const uint8_t *page, uint64_t addr, uint64_t birth, unsigned
  * not in the cache are dropped again. */
 typedef int (*tree_visit_fn)(void *ctx, uint64_t addr, unsigned level, int err);
 int tree_visit(struct tree *t, tree_visit_fn visit, void *ctx);
+
+/* [X] Puts an empty node in the place of each that cannot be read, and tells lost() where it was and which keys (lo to below
+ * hi) it may have held. */
+typedef void (*tree_lost_fn)(void *ctx, uint64_t addr, unsigned level, const struct tree_key *lo,
+                             const struct tree_key *hi);
+int tree_prune(struct tree *t, tree_lost_fn lost, void *ctx);
 
 #endif

@@ -216,13 +216,17 @@ static int apply_change(struct volume *v, enum change_op op, const struct tree_k
         return 0;
     case CHANGE_DEL:
         rc = tree_del(v->tree, key);
+        if (rc == -ENOENT && v->repair)
+            return 0; /* it was lost */
         if (rc == 0 && key->kind == ITEM_INODE)
             v->inodes--;
         return rc;
     case CHANGE_ALLOC:
-        return v->space_lost ? 0 : space_commit(v->space, key->a, key->b);
+        rc = v->space_lost ? 0 : space_commit(v->space, key->a, key->b);
+        return v->repair ? 0 : rc; /* what is used is found out afterwards */
     case CHANGE_FREE:
-        return v->space_lost ? 0 : space_release(v->space, key->a, key->b);
+        rc = v->space_lost ? 0 : space_release(v->space, key->a, key->b);
+        return v->repair ? 0 : rc;
     }
     return -EUCLEAN;
 }

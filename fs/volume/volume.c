@@ -11,6 +11,7 @@
 #include "fs/volume/checkpoint.h"
 #include "fs/volume/log.h"
 #include "fs/volume/recovery.h"
+#include "fs/volume/repair.h"
 #include "fs/volume/space.h"
 
 #include <sodium.h>
@@ -106,17 +107,22 @@ void volume_trim(struct volume *v)
 
 /* --- making and freeing the structure --- */
 
-static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
+int volume_read_node(struct volume *v, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
 {
-    struct volume *v = ctx;
     struct iovec iov = {page, NODE_BYTES};
     int rc;
 
     if (le64_get(ptr->addr) > VOLUME_SIZE_MAX / UNIT_BYTES)
         return -EIO;
     rc = v->data->ops->readv(v->data, &iov, 1, le64_get(ptr->addr) * UNIT_BYTES);
-    if (rc == 0)
-        rc = node_open(v->keys, ptr, level, page);
+    return rc < 0 ? rc : node_open(v->keys, ptr, level, page);
+}
+
+static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
+{
+    struct volume *v = ctx;
+    int rc = volume_read_node(v, ptr, level, page);
+
     if (rc < 0) {
         volume_damage(v, "data: tree node at unit %llu (level %u) %s", (unsigned long long)le64_get(ptr->addr), level,
                       rc == -EBADMSG ? "does not authenticate" : "cannot be read");
@@ -176,7 +182,18 @@ static void volume_free(struct volume *v)
     free(v);
 }
 
-/* What follows from the superblock's fixed fields. */
+size_t volume_dirty_max(uint64_t limit_units)
+{
+    return MIN(MAX(limit_units / 32 / NODE_UNITS, 128), 2048);
+}
+
+/* A checkpoint needs room for all dirty nodes while their older versions are still held, and so does the one after. */
+uint64_t volume_reserve(uint64_t limit_units)
+{
+    return 2 * volume_dirty_max(limit_units) * NODE_UNITS;
+}
+
+/* What follows from the superblock's fields. */
 static void set_geometry(struct volume *v, uint64_t regions)
 {
     uint64_t limit = le64_get(v->super.size_limit) / UNIT_BYTES;
@@ -188,9 +205,8 @@ static void set_geometry(struct volume *v, uint64_t regions)
     memcpy(v->params.id, v->super.volume_id, VOLUME_ID_BYTES);
     v->block = le32_get(v->super.block_size);
     v->block_units = v->block / UNIT_BYTES;
-    /* A checkpoint needs room for all dirty nodes while their older versions are still held, and so does the one after. */
-    v->dirty_max = MIN(MAX(limit / 32 / NODE_UNITS, 128), 2048);
-    v->space = space_new(v->data, regions, limit, 2 * v->dirty_max * NODE_UNITS);
+    v->dirty_max = volume_dirty_max(limit);
+    v->space = space_new(v->data, regions, limit, volume_reserve(limit));
 }
 
 /* --- format --- */
@@ -304,6 +320,9 @@ static uint64_t regions_there(struct volume *v)
 
     if (size >= 0 && (uint64_t)size / REGION_BYTES >= regions)
         return regions;
+    /* What is missing is lost, and repair says so unit by unit. */
+    if (v->options.repair && v->data->ops->grow(v->data, regions * REGION_BYTES) == 0)
+        return regions;
     volume_damage(v, "data: the file is shorter than the volume: the volume is read-only");
     v->read_only = v->space_lost = true;
     return size < 0 ? 0 : (uint64_t)size / REGION_BYTES;
@@ -343,9 +362,13 @@ static int load_state(struct volume *v)
     atomic_store(&v->next_extent, le64_get(v->super.next_extent));
     rc = tree_load(&io, cache, &v->super.root, le32_get(v->super.root_level), &v->tree);
     if (rc == 0)
-        rc = load_space(v);
+        rc = v->options.repair ? repair_load(v, &v->repair) : load_space(v);
     if (rc == 0)
         rc = recovery_replay(v);
+    if (rc == 0 && v->repair)
+        rc = repair_run(v->repair);
+    repair_free(v->repair);
+    v->repair = NULL;
     return rc;
 }
 
@@ -475,6 +498,44 @@ int volume_close(struct volume *v)
         rc = checkpoint_run(v, CHECKPOINT_FORCE | CHECKPOINT_CLEAN);
     volume_abandon(v);
     return rc;
+}
+
+struct counted {
+    const struct volume_report *report;
+    int lines;
+};
+
+static void count_line(void *ctx, const char *text)
+{
+    struct counted *c = ctx;
+
+    c->lines++;
+    c->report->line(c->report->ctx, text);
+}
+
+static void pass_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    volume_report_progress(((struct counted *)ctx)->report, done, total);
+}
+
+static bool pass_stop(void *ctx)
+{
+    return volume_report_stop(((struct counted *)ctx)->report);
+}
+
+int volume_repair(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
+                  const struct volume_report *report)
+{
+    struct counted c = {.report = report};
+    struct volume_report counting = {count_line, pass_progress, pass_stop, &c};
+    struct volume_options o = {.repair = &counting};
+    struct volume *v;
+    int rc;
+
+    rc = volume_open(data, log, key, id, &o, &v);
+    if (rc == 0)
+        rc = volume_close(v);
+    return rc < 0 ? rc : c.lines;
 }
 
 int volume_checkpoint(struct volume *v)

@@ -37,6 +37,7 @@ enum agent_type {
     AGENT_VOLUME_GET,    /* struct agent_name -> AGENT_VOLUME_GET with struct agent_volume, or AGENT_REPLY -ENOENT */
     AGENT_VOLUME_LIST,   /* struct agent_index -> the index-th volume in order of name, as AGENT_VOLUME_GET */
     AGENT_VOLUME_STATE,  /* struct agent_volume_state: sets its state */
+    AGENT_VOLUME_SIZE,   /* struct agent_volume_size: sets what its record says of its limit (coffer volume resize) */
     AGENT_VOLUME_RM,     /* struct agent_name: destroys the key. -EBUSY while a serving channel is bound */
     AGENT_RULE_ADD,      /* struct agent_rule. -EINVAL with the reason; -EEXIST */
     AGENT_RULE_RM,       /* struct agent_rule. -ENOENT */
@@ -50,7 +51,7 @@ enum agent_type {
     AGENT_FACTS,         /* struct agent_facts_ask -> AGENT_FACTS with struct agent_facts; fds: [readable JSON] if found */
     /* volume: coffer-fs -> keyd and the answer */
     AGENT_FS_AUTH,       /* struct agent_auth -> AGENT_FS_AUTH with struct agent_verdict; fds: [thread pidfd] if cacheable */
-    AGENT_FS_LOCKED,     /* coffer-fs has flushed and wiped: answers AGENT_FS_LOCK; no body, no reply */
+    AGENT_FS_LOCKED,     /* answers AGENT_FS_LOCK: coffer-fs has flushed and wiped, or serves a younger grant; no body, no reply */
     /* volume: keyd -> coffer-fs, no reply except where said */
     AGENT_FS_GRANT_END,  /* struct agent_grant: requests under it are refused from now on (-EKEYREVOKED) */
     AGENT_FS_LOCK,       /* flush, invalidate, wipe; then send AGENT_FS_LOCKED. The next authorised request unlocks anew */
@@ -104,6 +105,12 @@ struct agent_volume_state {
     char name[AGENT_NAME_MAX];
     uint8_t reserved[3];
     uint32_t state;
+};
+
+struct agent_volume_size {
+    char name[AGENT_NAME_MAX];
+    uint8_t reserved[7];
+    uint64_t size_limit; /* bytes */
 };
 
 struct agent_rule {

@@ -162,7 +162,7 @@ struct disk_xattr {
 _Static_assert(sizeof(struct disk_xattr) == 4, "disk_xattr");
 
 /* Blocks b .. b + count - 1 of the file are chunks first .. first + count - 1 of the extent. What no range covers is a
- * hole. */
+ * hole. Blocks of extent EXTENT_LOST were lost: repair put the range there, and reading gives an error. */
 struct disk_range {
     le64 extent;
     le16 first;
@@ -170,6 +170,8 @@ struct disk_range {
 };
 _Static_assert(sizeof(struct disk_range) == 12, "disk_range");
 
+#define EXTENT_LOST       0ull   /* first is 0, count up to RANGE_LOST_MAX */
+#define RANGE_LOST_MAX    65535u
 #define EXTENT_BYTES      65536u /* most plaintext of one extent */
 #define EXTENT_CHUNKS_MAX 16
 #define EXTENT_HEADER     24     /* of crypto_secretstream_xchacha20poly1305 */

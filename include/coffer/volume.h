@@ -42,6 +42,25 @@ enum volume_profile {
     VOLUME_PROFILE_DATABASE = 1,
 };
 
+/* How what takes long tells about itself; called by the thread that does it, perhaps with locks held: do not call back. */
+struct volume_report {
+    void (*line)(void *ctx, const char *text); /* a finding: one line, no plaintext in it */
+    void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */
+    bool (*stop)(void *ctx); /* NULL or false: go on; true: end with -ECANCELED soon */
+    void *ctx;
+};
+
+static inline void volume_report_progress(const struct volume_report *r, uint64_t done, uint64_t total)
+{
+    if (r->progress)
+        r->progress(r->ctx, done, total);
+}
+
+static inline bool volume_report_stop(const struct volume_report *r)
+{
+    return r->stop && r->stop(r->ctx);
+}
+
 /* What is fixed when a volume is made. */
 struct volume_params {
     uint8_t id[VOLUME_ID_BYTES]; /* random; also in the keystore's record */
@@ -62,6 +81,7 @@ struct volume_options {
     /* Called (from any thread, locks may be held: do not call back) for damage found: one line, no plaintext in it. */
     void (*on_damage)(void *ctx, const char *what);
     void *ctx;
+    const struct volume_report *repair; /* volume_repair's own */
 };
 
 struct vattr {
@@ -109,10 +129,40 @@ void volume_stat(struct volume *v, struct volume_stat *ret_stat);
 
 /*
  * Walks everything: every node, item, extent record and reference, the free space against what is used, link counts,
- * and, with data, every extent's content. Calls line() with each finding (one line). Returns the number of findings or
- * -errno. Safe on a volume in use.
+ * and, with data, every extent's content. Returns the number of findings, -ECANCELED, or -EBUSY: the volume became so full
+ * that the space of the generation that was being checked was needed. Of a volume in use it checks a generation that stands
+ * still (it checkpoints first); nobody waits for it.
  */
+int volume_check_report(struct volume *v, bool data, const struct volume_report *report);
+/* The same without progress. */
 int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char *text), void *ctx);
+
+/*
+ * Reads and authenticates all of a volume in use, a little at a time: zero *at, then call until it returns 0 (1: there is
+ * more), with so many bytes to read in one call. Damage goes to on_damage, with what and where, and is counted. Each call
+ * reads the newest generation, and holds nothing afterwards.
+ */
+struct volume_scrub {
+    uint8_t kind; /* where it goes on */
+    uint64_t a, b;
+    bool over;
+    uint64_t done, total; /* bytes; the total is an estimate */
+    unsigned findings;
+};
+int volume_scrub_step(struct volume *v, struct volume_scrub *at, uint64_t bytes);
+
+/* Changes size_limit, durably; nothing is moved. -ENOSPC: less than what is used and the reserve; -EINVAL. */
+int volume_resize(struct volume *v, uint64_t size_limit);
+
+/*
+ * Makes a damaged volume whole out of what authenticates: drops the rest, and calls line() for each thing that is lost,
+ * dropped, kept under another name or made anew. Blocks that are lost read as -EIO from then on, until they are written; files
+ * that lost their names are in /lost+found, as #<inode>. Nothing is changed on disk before all is decided, and then at
+ * once. The stores are closed in every case. Returns the number of lines; -EIO, -EKEYREJECTED: nothing can be saved (the
+ * tree's root or all superblocks are lost); -ENOSPC, -ECANCELED.
+ */
+int volume_repair(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
+                  const struct volume_report *report);
 
 /* --- names --- */
 

@@ -8,6 +8,10 @@
  * error: -EIO for what is damaged, a refusal of the whole volume where its root or its log is. Never other content, an
  * older one, a name that is missing without an error, a crash or a hang. Files cut short are tried too.
  *
+ * Each damaged image is then repaired: what opened must open, the check of it must be clean, what reads must be the
+ * newest content, what does not (an error, or a name that is gone) must have been listed; and nothing may be listed where
+ * nothing is missing.
+ *
  * The same under a mounted volume whose cache is small: there what is put right again must be readable again.
  *
  * For the log a volume is left as by a killed process, with records behind the last flush: then the tree is a prefix of
@@ -29,6 +33,8 @@ static struct key *volume_key;
 static const uint8_t volume_id[VOLUME_ID_BYTES] = "tampered-volume";
 static char repro[200] = "setup";
 static struct rng rng;
+static bool repaired; /* names may be missing now */
+static uint64_t repairs, repairs_refused, listed;
 static uint64_t cases, intact, partial, refused, failures, noticed;
 
 static void on_signal(int sig)
@@ -163,12 +169,13 @@ static void write_version(struct volume *v, unsigned version)
 struct reading {
     unsigned errors; /* answers that were an error */
     unsigned wrong;
+    unsigned good; /* files read in full */
 };
 
 static void read_error(struct reading *r, const char *what, const char *name, ssize_t rc)
 {
     r->errors++;
-    if (rc == -EIO)
+    if (rc == -EIO || (repaired && (rc == -ENOENT || rc == -ENODATA)))
         return;
     r->wrong++;
     failed("%s of %s: %zd (%s), expected success or -EIO", what, name, rc, rc < 0 ? strerror((int)-rc) : "?");
@@ -201,6 +208,8 @@ static void read_file(struct volume *v, struct reading *r, uint64_t dir, unsigne
     else if ((uint64_t)n != size || memcmp(have, want, size) != 0) {
         r->wrong++;
         failed("content of %s is wrong (%zd bytes)", name, n);
+    } else {
+        r->good++;
     }
     /* A large file in pieces: what is intact stays readable. */
     if (n < 0 && size > 65536) {
@@ -252,7 +261,7 @@ static struct reading read_all(struct volume *v, unsigned version)
         rc = vol_readdir(v, dir.ino, 0, d % 2, count_entry, &n);
         if (rc < 0)
             read_error(&r, "readdir", name, rc);
-        else if (n != FILES) {
+        else if (repaired ? n > FILES : n != FILES) {
             r.wrong++;
             failed("%s lists %u names", name, n);
         }
@@ -370,8 +379,57 @@ static void change_and_verify(struct image *const image[2], struct volume *v)
     volume_abandon(v);
 }
 
+static void on_listed(void *ctx, const char *text)
+{
+    (void)text;
+    ++*(unsigned *)ctx;
+}
+
+/* before: what reading came to, NULL when the volume did not open; damaged: something was found wrong then. */
+static void verify_repair(struct image *const image[2], const struct reading *before, bool damaged)
+{
+    unsigned lines = 0, findings = 0;
+    struct volume_report report = {.line = on_listed, .ctx = &lines};
+    struct volume *v = NULL;
+    struct reading r;
+    int rc;
+
+    rc = volume_repair(mstore_new(image[0], NULL, NULL, 0), mstore_new(image[1], NULL, NULL, 1), volume_key, volume_id,
+                       &report);
+    if (rc < 0) {
+        repairs_refused++;
+        if (before || (rc != -EIO && rc != -EKEYREJECTED))
+            failed("repair: %s", strerror(-rc));
+        return;
+    }
+    repairs++;
+    listed += lines;
+    if ((unsigned)rc != lines)
+        failed("repair returned %d, and listed %u lines", rc, lines);
+    if (before && !damaged && lines)
+        failed("repair listed %u lines, and nothing was missing", lines);
+    rc = open_images(image, &v);
+    if (rc < 0) {
+        failed("open after repair: %s", strerror(-rc));
+        return;
+    }
+    rc = volume_check(v, true, on_finding, &findings);
+    if (rc != 0)
+        failed("check after repair: %d findings", rc);
+    repaired = true;
+    r = read_all(v, 3);
+    repaired = false;
+    if (r.errors && lines == 0)
+        failed("%u reads fail after the repair, which listed nothing", r.errors);
+    if (before && r.good < before->good)
+        failed("%u files read in full after the repair, %u before it", r.good, before->good);
+    volume_abandon(v);
+}
+
 static void verify_images(struct image *const image[2])
 {
+    struct image *const copy[2] = {image_copy(image[0]), image_copy(image[1])};
+    uint64_t noticed_before = noticed;
     struct volume *v = NULL;
     unsigned lines = 0;
     struct reading r;
@@ -384,6 +442,9 @@ static void verify_images(struct image *const image[2])
         refused++;
         if (rc != -EIO && rc != -EKEYREJECTED)
             failed("open: %s", strerror(-rc));
+        verify_repair(copy, NULL, true);
+        image_free(copy[0]);
+        image_free(copy[1]);
         return;
     }
     r = read_all(v, 3);
@@ -398,6 +459,9 @@ static void verify_images(struct image *const image[2])
         change_and_verify(image, v);
     else
         volume_abandon(v);
+    verify_repair(copy, &r, noticed > noticed_before || r.errors || rc);
+    image_free(copy[0]);
+    image_free(copy[1]);
 }
 
 static void between_mounts(struct image *const images[3][2])
@@ -671,6 +735,8 @@ int main(int argc, char **argv)
     under_mount(images);
     unfinished_log();
     alarm(0);
+    printf("tamper: %llu repaired (%llu lines of what was lost), %llu beyond repair\n", (unsigned long long)repairs,
+           (unsigned long long)listed, (unsigned long long)repairs_refused);
     printf("tamper: %llu cases: %llu read in full, %llu in part, %llu refused; %llu lines of damage; failures %llu\n",
            (unsigned long long)cases, (unsigned long long)intact, (unsigned long long)partial,
            (unsigned long long)refused, (unsigned long long)noticed, (unsigned long long)failures);

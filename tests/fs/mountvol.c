@@ -268,6 +268,14 @@ static void send_control(uint16_t type)
     msg_send(control_fd, &head, NULL, NULL, 0);
 }
 
+static void send_check(void)
+{
+    struct server_task task = {.kind = TASK_CHECK, .value = 1};
+    struct msg_head head = {.type = SERVER_TASK, .id = ++last_id, .len = sizeof(task)};
+
+    msg_send(control_fd, &head, &task, NULL, 0);
+}
+
 static void print_stat(const struct server_stat *s)
 {
     printf("unlocked %u size_limit %llu used %llu data_bytes %llu inodes %llu generation %llu sequence %llu "
@@ -416,7 +424,7 @@ static void order(const char *line)
     } else if (strcmp(line, "stat") == 0) {
         send_control(SERVER_STAT);
     } else if (strcmp(line, "check") == 0) {
-        send_control(SERVER_CHECK);
+        send_check();
     } else if (strcmp(line, "asked") == 0) {
         snprintf(text, sizeof(text), "%llu", (unsigned long long)asked);
         answer(text);

@@ -208,6 +208,34 @@ static void test_torn_alone(void **state)
     assert_int_equal(audit_open(dir, &a), -EBADMSG);
 }
 
+/* A terminal obeys DEL and C1 as it does the others: they stand in no line. */
+static void test_controls(void **state)
+{
+    char all[256 + 64], why[256], *log;
+    struct audit *a;
+    size_t n = 0;
+
+    (void)state;
+    for (int c = 1; c < 0x80; c++)
+        all[n++] = (char)c;
+    for (int c = 0x80; c <= 0xa0; c++)
+        all[n++] = (char)0xc2, all[n++] = (char)c;
+    all[n] = 0;
+    assert_int_equal(audit_open(dir, &a), 0);
+    assert_int_equal(audit_append(a, "x", "", "", all), 0);
+    audit_close(a);
+    assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
+    log = read_log(&n);
+    for (size_t i = 0; i + 1 < n; i++) { /* but for the newline at the end */
+        uint8_t c = (uint8_t)log[i], next = (uint8_t)log[i + 1];
+
+        assert_true(c >= 0x20 && c != 0x7f && !(c == 0xc2 && next < 0xa0));
+    }
+    assert_int_equal(count(log, "\\\\u007f\\\\u0080\\\\u0081"), 1);
+    assert_int_equal(count(log, "\\\\u009f\xc2\xa0"), 1);
+    free(log);
+}
+
 static void test_limit(void **state)
 {
     struct audit_field f[] = {{"text", "no", 0}};
@@ -375,6 +403,18 @@ static void test_full_disk(void **state)
     /* room again: it goes on where it was */
     assert_int_equal(unlinkat(dir, "filler", 0), 0);
     assert_int_equal(audit_append(a, "after", "db", "", ""), 0);
+    /* ... and there is a reserve again as soon as it finds room, a minute after the last try */
+    fake_now = mono_ns() + 120000000000ll;
+    audit_set_clock(a, fake_mono);
+    assert_int_equal(audit_append(a, "x", "", "", ""), 0);
+    assert_int_equal(fstatat(dir, AUDIT_RESERVE_FILE, &st, 0), -1);
+    assert_int_equal(mount(NULL, dir_path, NULL, MS_REMOUNT, "size=16m"), 0);
+    assert_int_equal(audit_append(a, "x", "", "", ""), 0);
+    assert_int_equal(fstatat(dir, AUDIT_RESERVE_FILE, &st, 0), -1);
+    fake_now += 61000000000ll;
+    assert_int_equal(audit_append(a, "x", "", "", ""), 0);
+    assert_int_equal(fstatat(dir, AUDIT_RESERVE_FILE, &st, 0), 0);
+    assert_int_equal(st.st_size, AUDIT_RESERVE_BYTES);
     audit_close(a);
     assert_int_equal(audit_verify(dir, why, sizeof(why)), 0);
     assert_null(strstr(why, "torn"));
@@ -462,6 +502,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_changed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_torn, setup, teardown),
         cmocka_unit_test_setup_teardown(test_torn_alone, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_controls, setup, teardown),
         cmocka_unit_test_setup_teardown(test_limit, setup, teardown),
         cmocka_unit_test_setup_teardown(test_every_edit, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_disk, setup_disk, teardown_disk),

@@ -1,0 +1,282 @@
+/*
+ * care.c - looking after the volume: tasks that cofferd gives the server of a mounted one, and runs of coffer-fs for one
+ * that is not mounted.
+ *
+ * A task uses the engine like any request (life_enter_any), but for minutes: so it looks whether the volume is being locked,
+ * and gives way at once. The scrub enters anew for each of its small steps.
+ */
+#include "mount.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "fs/base/msg.h"
+
+#define EXIT_DAMAGE     3
+#define PROGRESS_NS     250000000
+#define SCRUB_STEP_MS   250
+#define SCRUB_RATE_MIN  (64u << 10)
+
+struct run {
+    uint64_t id; /* 0: not a task */
+    int64_t said;
+    struct server_task task;
+    int fds[MSG_FDS_MAX];
+    int nfds;
+};
+
+static pthread_mutex_t care_lock = PTHREAD_MUTEX_INITIALIZER; /* what follows */
+static bool task_busy, scrubbing;
+static struct volume_scrub scrub_at;
+
+/* --- reports --- */
+
+static void on_line(void *ctx, const char *text)
+{
+    control_send(SERVER_LINE, ((struct run *)ctx)->id, 0, text);
+}
+
+static void on_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    struct run *r = ctx;
+
+    if (done < total && mono_ns() - r->said < PROGRESS_NS)
+        return;
+    r->said = mono_ns();
+    control_progress(r->id, done, total);
+}
+
+static bool on_stop(void *ctx)
+{
+    return ((struct run *)ctx)->id && !life_is_open();
+}
+
+static struct volume_report report_of(struct run *r)
+{
+    return (struct volume_report){on_line, on_progress, on_stop, r};
+}
+
+/* --- the scrub --- */
+
+static void sleep_ns(int64_t ns)
+{
+    struct timespec t = {ns / 1000000000, ns % 1000000000};
+
+    nanosleep(&t, NULL);
+}
+
+/* Waits while the volume is locked. */
+static void *scrub_thread(void *arg)
+{
+    uint64_t rate = ((struct run *)arg)->task.value, step = MAX(rate * SCRUB_STEP_MS / 1000, 1);
+    struct volume_scrub at = {0};
+    char text[128];
+    int more = 1;
+
+    free(arg);
+    while (more) {
+        int64_t began = mono_ns(), take;
+        struct volume *v;
+
+        life_enter_any(&v);
+        if (v)
+            more = volume_scrub_step(v, &at, step);
+        life_leave();
+        pthread_mutex_lock(&care_lock);
+        scrub_at = at;
+        pthread_mutex_unlock(&care_lock);
+        take = mono_ns() - began;
+        if (more && take < (int64_t)SCRUB_STEP_MS * 1000000)
+            sleep_ns((int64_t)SCRUB_STEP_MS * 1000000 - take);
+    }
+    snprintf(text, sizeof(text), "scrub ended: %llu bytes read, %u findings", (unsigned long long)at.done, at.findings);
+    control_send(SERVER_NOTE, 0, 0, text);
+    pthread_mutex_lock(&care_lock);
+    scrubbing = false;
+    pthread_mutex_unlock(&care_lock);
+    return NULL;
+}
+
+void care_stat(struct server_stat *st)
+{
+    pthread_mutex_lock(&care_lock);
+    st->scrubbing = scrubbing;
+    st->scrub_findings = scrub_at.findings;
+    st->scrub_done = scrub_at.done;
+    st->scrub_total = scrub_at.total;
+    pthread_mutex_unlock(&care_lock);
+}
+
+/* --- tasks --- */
+
+static int do_task(struct run *r)
+{
+    struct volume_report report = report_of(r);
+    struct volume *v;
+    int rc = -ENOKEY;
+
+    life_enter_any(&v);
+    if (v && r->task.kind == TASK_CHECK)
+        rc = volume_check_report(v, r->task.value != 0, &report);
+    else if (v && r->task.kind == TASK_RESIZE)
+        rc = volume_resize(v, r->task.value);
+    life_leave();
+    return rc;
+}
+
+static void *task_thread(void *arg)
+{
+    struct run *r = arg;
+    int rc = do_task(r);
+
+    for (int i = 0; i < r->nfds; i++)
+        close_quiet(r->fds[i]);
+    pthread_mutex_lock(&care_lock);
+    task_busy = false;
+    pthread_mutex_unlock(&care_lock);
+    control_send(SERVER_REPLY, r->id, rc, "");
+    free(r);
+    return NULL;
+}
+
+static int start(struct run *r)
+{
+    bool scrub = r->task.kind == TASK_SCRUB, *busy = scrub ? &scrubbing : &task_busy;
+    pthread_t t;
+    int rc = 0;
+
+    if (r->task.kind < TASK_CHECK || r->task.kind > TASK_RESIZE || r->nfds || r->task.reserved ||
+        (scrub && r->task.value < SCRUB_RATE_MIN))
+        return -EINVAL;
+    pthread_mutex_lock(&care_lock);
+    if (*busy)
+        rc = scrub ? -EALREADY : -EBUSY;
+    else
+        *busy = true;
+    pthread_mutex_unlock(&care_lock);
+    if (rc < 0)
+        return rc;
+    rc = -pthread_create(&t, NULL, scrub ? scrub_thread : task_thread, r);
+    if (rc == 0)
+        pthread_detach(t);
+    else
+        *busy = false;
+    return rc;
+}
+
+void care_task(uint64_t id, const struct server_task *task, const int *fds_take, int nfds)
+{
+    struct run *r = xcalloc(1, sizeof(*r));
+    bool scrub = task->kind == TASK_SCRUB;
+    int rc;
+
+    r->id = id;
+    r->task = *task;
+    r->nfds = nfds;
+    memcpy(r->fds, fds_take, sizeof(int) * (size_t)nfds);
+    rc = start(r);
+    if (rc < 0) {
+        for (int i = 0; i < nfds; i++)
+            close_quiet(fds_take[i]);
+        free(r);
+    }
+    if (rc < 0 || scrub)
+        control_send(SERVER_REPLY, id, rc, "");
+}
+
+/* --- runs --- */
+
+static int maintenance_key(struct key **ret_key, struct volume_params *ret_params)
+{
+    struct agent_auth ask = {.flags = AGENT_AUTH_MAINTENANCE | AGENT_AUTH_WANT_KEY};
+    struct auth a;
+    int rc = channel_ask(NULL, &ask, &a, ret_key, ret_params);
+
+    if (rc == 0)
+        auth_put(&a);
+    if (rc == 0 && !*ret_key)
+        rc = -ENOKEY;
+    if (rc < 0)
+        control_failed("the key agent gives no key: %s", rc == -ENOKEY ? "run coffer unlock" : strerror(-rc));
+    return rc;
+}
+
+struct job {
+    struct store *data, *log; /* taken by what opens them */
+    struct key *key;
+    struct volume_params params;
+    const struct care_args *args;
+    struct volume_report report;
+};
+
+static int run_format(struct job *j)
+{
+    return volume_format(j->data, j->log, j->key, &j->params);
+}
+
+static int run_repair(struct job *j)
+{
+    return volume_repair(j->data, j->log, j->key, j->params.id, &j->report);
+}
+
+static int open_volume(struct job *j, struct volume **ret)
+{
+    struct volume_options o = {.on_damage = control_damage};
+
+    return volume_open(j->data, j->log, j->key, j->params.id, &o, ret);
+}
+
+/* rc, or else the error of closing. */
+static int close_volume(struct volume *v, int rc)
+{
+    int closed = volume_close(v);
+
+    return rc < 0 ? rc : closed < 0 ? closed : rc;
+}
+
+static int run_check(struct job *j)
+{
+    struct volume *v;
+    int rc = open_volume(j, &v);
+
+    return rc < 0 ? rc : close_volume(v, volume_check_report(v, j->args->data, &j->report));
+}
+
+static int run_resize(struct job *j)
+{
+    struct volume *v;
+    int rc = open_volume(j, &v);
+
+    return rc < 0 ? rc : close_volume(v, volume_resize(v, j->args->size));
+}
+
+static const struct {
+    const char *verb;
+    int (*run)(struct job *j);
+} verbs[] = {{"format", run_format}, {"check", run_check}, {"repair", run_repair}, {"resize", run_resize}};
+
+int care_run(const char *verb, const struct care_args *args)
+{
+    struct run r = {0};
+    struct job j = {.args = args, .report = report_of(&r)};
+    int (*run)(struct job *j) = NULL;
+    int rc;
+
+    for (size_t i = 0; i < ARRAY_LEN(verbs); i++)
+        if (strcmp(verb, verbs[i].verb) == 0)
+            run = verbs[i].run;
+    if (!run)
+        return -EINVAL;
+    if (maintenance_key(&j.key, &j.params) < 0)
+        return 1;
+    j.data = store_fd_take(SERVER_FD_DATA, -1);
+    j.log = store_fd_take(SERVER_FD_LOG, -1);
+    rc = run(&j);
+    key_free(&j.key);
+    if (rc < 0)
+        control_failed("%s failed: %s", verb,
+                       rc == -ENOSPC && run == run_resize ? "more than that is in use" : strerror(-rc));
+    return rc < 0 ? 1 : rc > 0 ? EXIT_DAMAGE : 0;
+}

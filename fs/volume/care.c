@@ -1,0 +1,138 @@
+/* care.c - scrubbing a volume in use, and changing its limit. */
+#include "fs/volume/checkpoint.h"
+#include "fs/volume/space.h"
+#include "fs/volume/view.h"
+
+#include <stdlib.h>
+
+/* --- scrub --- */
+
+struct step {
+    struct view view;
+    struct volume_scrub *at;
+    uint64_t left; /* bytes to read in this step */
+    uint8_t *plain;
+};
+
+#define U(x) ((unsigned long long)(x))
+
+static void scrub_range(struct step *s, const struct tree_iter *it)
+{
+    const struct disk_range *d = (const struct disk_range *)it->value;
+    unsigned first = le16_get(d->first), count = le16_get(d->count);
+    struct volume *v = s->view.v;
+    struct extent e;
+    int rc;
+
+    if (le64_get(d->extent) == EXTENT_LOST)
+        return;
+    rc = view_extent(&s->view, le64_get(d->extent), &e);
+    if (rc == 0 && first + count > e.chunks)
+        rc = -EUCLEAN;
+    if (rc == 0)
+        rc = extent_read(v->keys, v->data, &e, v->block, first, count, s->plain);
+    if (rc < 0 && !view_stale(&s->view)) {
+        s->at->findings++;
+        volume_damage(v, "scrub: inode %llu, blocks %llu to %llu, extent %llu: %s", U(it->key.a), U(it->key.b),
+                      U(it->key.b + count - 1), U(le64_get(d->extent)),
+                      rc == -EBADMSG ? "does not authenticate" : "cannot be read");
+    }
+    s->at->done += (uint64_t)count * v->block;
+    s->left -= MIN(s->left, (uint64_t)count * v->block);
+}
+
+/* An item costs a byte at least, and a share of its node. */
+static int scrub_item(void *ctx, const struct tree_iter *it)
+{
+    struct step *s = ctx;
+
+    if (!s->left)
+        return 1;
+    s->left -= MIN(s->left, it->len + 1);
+    if (it->key.kind == ITEM_RANGE)
+        scrub_range(s, it);
+    s->at->kind = it->key.kind;
+    s->at->a = it->key.a;
+    s->at->b = it->key.b + 1;
+    return 0;
+}
+
+static void scrub_super(void *ctx, const char *text)
+{
+    volume_damage(ctx, "scrub: %s", text);
+}
+
+int volume_scrub_step(struct volume *v, struct volume_scrub *at, uint64_t bytes)
+{
+    struct step s = {.at = at, .left = bytes};
+    struct tree_key from = {.kind = at->kind, .a = at->a, .b = at->b}, next;
+    int rc;
+
+    if (at->over)
+        return 0;
+    rc = view_open(v, at->kind == 0, &s.view);
+    if (rc < 0) {
+        at->findings++; /* the root: said by the view */
+        at->over = true;
+        at->total = at->done = MAX(at->total, 1);
+        return 0;
+    }
+    if (at->kind == 0) {
+        at->findings += (unsigned)view_check_super(&s.view, scrub_super, v);
+        at->kind = ITEM_INODE;
+    }
+    s.plain = xmalloc(EXTENT_BYTES);
+    at->total = MAX(s.view.used_units * UNIT_BYTES, at->done);
+    view_lock(&s.view);
+    rc = view_walk(&s.view, &from, scrub_item, &s);
+    if (rc == 0) {
+        at->over = true;
+    } else if (rc < 0 && !view_stale(&s.view)) {
+        /* A damaged node, which the view has reported: on behind it. */
+        at->findings++;
+        from = (struct tree_key){.kind = at->kind, .a = at->a, .b = at->b};
+        s.view.quiet = true;
+        if (tree_behind(s.view.tree, &from, &next) == 0) {
+            at->kind = next.kind;
+            at->a = next.a;
+            at->b = next.b;
+        } else {
+            at->over = true;
+        }
+    }
+    if (at->over)
+        at->done = at->total;
+    view_unlock(&s.view);
+    view_close(&s.view);
+    explicit_bzero(s.plain, EXTENT_BYTES);
+    free(s.plain);
+    volume_trim(v);
+    return !at->over;
+}
+
+/* --- resize --- */
+
+int volume_resize(struct volume *v, uint64_t size_limit)
+{
+    uint64_t limit = size_limit / UNIT_BYTES;
+    int rc;
+
+    if (size_limit < VOLUME_SIZE_MIN || size_limit > VOLUME_SIZE_MAX)
+        return -EINVAL;
+    if (v->read_only)
+        return -EROFS;
+    rc = checkpoint_run(v, 0); /* what was freed counts as free */
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&v->checkpoint_mutex);
+    pthread_rwlock_wrlock(&v->state);
+    rc = space_set_limit(v->space, limit, volume_reserve(limit));
+    if (rc == 0) {
+        v->super.size_limit = le64_make(size_limit);
+        v->params.size_limit = size_limit;
+        v->dirty_max = volume_dirty_max(limit);
+    }
+    pthread_rwlock_unlock(&v->state);
+    pthread_mutex_unlock(&v->checkpoint_mutex);
+    return rc < 0 ? rc : checkpoint_run(v, CHECKPOINT_FORCE);
+}

@@ -1,0 +1,115 @@
+#!/bin/bash
+# Looking after volumes on the command line: check and repair of damaged files, scrub, resize, export and import.
+source "$(dirname "$0")/../docker/lib.sh"
+fixture none
+mkdir "$T/m" "$T/n"
+field() {
+    local key=$1
+    shift
+    coffer "$@" --json | python3 -c '
+import json, sys
+def find(o):
+    if isinstance(o, dict):
+        if sys.argv[1] in o: return o[sys.argv[1]]
+        o = list(o.values())
+    for x in o if isinstance(o, list) else []:
+        r = find(x)
+        if r is not None: return r
+print(json.dumps(find(json.load(sys.stdin))).strip("\""))' "$key"
+}
+# damage FILE OFFSET: changes 64 bytes there.
+damage() { head -c 64 /dev/urandom | dd of="$1" bs=1 seek="$2" conv=notrunc status=none; }
+# content_unit DATA [BEFORE]: a unit amid the longest row of those that are not what they were (zero).
+content_unit() {
+    python3 - "$1" "${2:-/dev/zero}" <<'P'
+import sys
+a, b = open(sys.argv[2], "rb"), open(sys.argv[1], "rb")
+run, best, n = 0, (0, 0), 0
+while True:
+    x, y = a.read(4096), b.read(4096)
+    if not y: break
+    run = run + 1 if x != y else 0
+    best = max(best, (run, n))
+    n += 1
+assert best[0] > 300
+print(best[1] - best[0] // 2)
+P
+}
+backing() { echo "$T/c/volumes/$(field id volume inspect "$1")"; }
+
+step "check, repair"
+coffer volume create care-v --size 256M --allow uid:0 >/dev/null
+coffer mount care-v "$T/m" >/dev/null
+for k in $(seq 200); do echo "small $k" >"$T/m/small-$k"; done
+sync
+cp "$(backing care-v)/data" "$T/before"
+head -c 8000000 /dev/urandom >"$T/big"
+cp "$T/big" "$T/m/big"
+coffer volume check care-v --data | grep -qx 'care-v: clean' || fail "check in use"
+coffer umount "$T/m" >/dev/null
+coffer volume check care-v --data | grep -qx 'care-v: clean' || fail "check"
+coffer volume check care-v --repair | grep -qx 'care-v: clean' || fail "repair of what is whole"
+damage "$(backing care-v)/data" $(($(content_unit "$(backing care-v)/data" "$T/before") * 4096 + 100))
+coffer volume check care-v >/dev/null || fail "structure alone has no damage"
+coffer volume check care-v --data >"$T/out" 2>"$T/err" && fail "check finds nothing"
+grep -q "does not authenticate" "$T/out" || fail "check: $(cat "$T/out")"
+grep -q 'coffer volume check --repair care-v' "$T/err" || fail "check: $(cat "$T/err")"
+coffer mount care-v "$T/m" >/dev/null
+ls "$T/m" >/dev/null
+one_line 1 'is mounted' coffer volume check care-v --repair
+coffer umount "$T/m" >/dev/null
+coffer volume check care-v --repair >"$T/out" 2>"$T/err" && fail "repair said nothing was lost"
+grep -Eq '^lost: inode [0-9]+, blocks [0-9]+ to [0-9]+' "$T/out" || fail "repair: $(cat "$T/out")"
+expect 1 "$(wc -l <"$T/out")" "lines of the repair"
+coffer volume check care-v --data | grep -qx 'care-v: clean' || fail "check after repair"
+coffer mount care-v "$T/m" >/dev/null
+expect "small 77" "$(cat "$T/m/small-77")" "a small file"
+cat "$T/m/big" >/dev/null 2>&1 && fail "the lost block reads"
+cp "$T/big" "$T/m/big" && cmp "$T/big" "$T/m/big" || fail "writing over lost blocks"
+coffer audit | grep -q '"event":"repair"' || coffer audit | grep -q repair || fail "no audit record of the repair"
+
+step "scrub"
+one_line 2 'not a' coffer volume scrub care-v --rate fast
+one_line 1 '64K' coffer volume scrub care-v --rate 10
+coffer volume scrub care-v --rate 1G | grep -q '^started' || fail "scrub"
+for _ in $(seq 100); do [ "$(field running volume inspect care-v)" = false ] && break; sleep 0.1; done
+expect 0 "$(field findings volume inspect care-v)" "findings of the scrub"
+coffer audit | grep -q 'scrub ended: [0-9]* bytes read, 0 findings' || fail "no audit record of the scrub"
+coffer volume scrub care-v --rate 64K >/dev/null
+one_line 1 'is running' coffer volume scrub care-v
+expect true "$(field running volume inspect care-v)" "a slow scrub"
+# It holds nothing up.
+coffer volume check care-v --data | grep -qx 'care-v: clean' || fail "check beside a scrub"
+coffer umount "$T/m" >/dev/null
+one_line 1 'not mounted' coffer volume scrub care-v
+coffer volume rm care-v >/dev/null
+coffer volume create care-v --size 256M --allow uid:0 >/dev/null
+coffer mount care-v "$T/m" >/dev/null
+cp "$T/big" "$T/m/big"
+sync
+damage "$(backing care-v)/data" $(($(content_unit "$(backing care-v)/data") * 4096 + 9))
+coffer volume scrub care-v --rate 1G >/dev/null
+for _ in $(seq 100); do [ "$(field running volume inspect care-v)" = false ] && break; sleep 0.1; done
+[ "$(field findings volume inspect care-v)" -gt 0 ] || fail "the scrub found nothing"
+coffer audit | grep -Eq 'scrub: inode [0-9]+, blocks [0-9]+ to [0-9]+, extent [0-9]+: does not authenticate' || fail "no audit record of what and where"
+coffer umount "$T/m" >/dev/null
+coffer volume rm care-v >/dev/null
+
+step "resize"
+coffer volume create care-r --size 64M --allow uid:0 >/dev/null
+coffer mount care-r "$T/m" >/dev/null
+head -c 80000000 /dev/zero >"$T/m/f" 2>/dev/null && fail "more than the limit"
+one_line 2 'not a size' coffer volume resize care-r much
+one_line 1 '64M to 16T' coffer volume resize care-r 1M
+coffer volume resize care-r 200M | grep -qx resized || fail "resize in use"
+expect $((200 << 20)) "$(field size volume inspect care-r)" "size"
+head -c 120000000 /dev/urandom >"$T/m/f" || fail "no room after resize"
+one_line 1 'in use' coffer volume resize care-r 100M
+coffer umount "$T/m" >/dev/null
+one_line 1 'in use' coffer volume resize care-r 100M
+coffer volume resize care-r 300M >/dev/null || fail "resize"
+coffer mount care-r "$T/m" >/dev/null
+[ "$(df --output=size -k "$T/m" | tail -1)" -gt 250000 ] || fail "df: $(df -k "$T/m")"
+expect 120000000 "$(stat -c %s "$T/m/f")" "the file"
+coffer umount "$T/m" >/dev/null
+coffer volume rm care-r >/dev/null

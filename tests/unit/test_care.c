@@ -1,0 +1,422 @@
+/*
+ * test_care.c - looking after a volume: check and scrub while it is written, repair, resize. (tests/attack/tamper repairs
+ * every damaged image.)
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "coffer/volume.h"
+#include "fs/base/secmem.h"
+#include "tests/crash/recstore.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/stat.h>
+
+#define ROOT VOLUME_ROOT_INO
+#define MIB  (1u << 20)
+
+static const uint8_t volume_id[VOLUME_ID_BYTES] = "care";
+
+struct fixture {
+    struct key *key;
+    struct image *image[2];
+    struct volume *v;
+    atomic_uint damage;
+    unsigned lines;
+    char last[300];
+    atomic_bool stop;
+};
+
+static void on_damage(void *ctx, const char *what)
+{
+    struct fixture *f = ctx;
+
+    (void)what;
+    f->damage++;
+}
+
+static void on_line(void *ctx, const char *text)
+{
+    struct fixture *f = ctx;
+
+    f->lines++;
+    snprintf(f->last, sizeof(f->last), "%s", text);
+}
+
+static int try_open(struct fixture *f)
+{
+    struct volume_options o = {.cache_bytes = 1 << 20, .mount_id = 1, .on_damage = on_damage, .ctx = f};
+
+    return volume_open(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id,
+                       &o, &f->v);
+}
+
+static int setup(void **state)
+{
+    struct volume_params p = {.block_size = 4096, .size_limit = 64 << 20, .log_segment = 256 << 10, .root_mode = 0755};
+    struct fixture *f = calloc(1, sizeof(*f));
+    struct store *data, *log;
+
+    if (!f || secmem_init() < 0 || !(f->key = key_new()))
+        return -1;
+    memset(f->key->b, 0x21, sizeof(f->key->b));
+    memcpy(p.id, volume_id, sizeof(p.id));
+    f->image[0] = image_new(NULL);
+    f->image[1] = image_new(NULL);
+    data = mstore_new(f->image[0], NULL, NULL, 0);
+    log = mstore_new(f->image[1], NULL, NULL, 1);
+    assert_int_equal(volume_format(data, log, f->key, &p), 0);
+    data->ops->close(data);
+    log->ops->close(log);
+    assert_int_equal(try_open(f), 0);
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    struct fixture *f = *state;
+
+    if (f->v)
+        volume_abandon(f->v);
+    image_free(f->image[0]);
+    image_free(f->image[1]);
+    key_free(&f->key);
+    free(f);
+    return 0;
+}
+
+static uint64_t make(struct fixture *f, const char *name, int fill, size_t n)
+{
+    uint8_t *buf = malloc(n + 1);
+    struct vattr a;
+
+    memset(buf, fill, n);
+    assert_int_equal(vol_mknod(f->v, ROOT, name, S_IFREG | 0600, 0, 0, 0, &a), 0);
+    assert_int_equal(vol_write(f->v, a.ino, 0, buf, n), (ssize_t)n);
+    free(buf);
+    return a.ino;
+}
+
+/* The address in `data` of the last chunk before byte `to` that a flipped bit in makes fail. Finds the content by trying:
+ * flips a byte of each unit until reading the file fails. */
+static uint64_t find_unit(struct fixture *f, uint64_t ino, uint64_t off)
+{
+    uint8_t byte, buf[4096];
+
+    for (uint64_t unit = 2; unit < 16384; unit++) {
+        ssize_t n;
+
+        image_read(f->image[0], unit * 4096, &byte, 1);
+        byte ^= 1;
+        image_write(f->image[0], unit * 4096, &byte, 1);
+        n = vol_read(f->v, ino, off, buf, sizeof(buf));
+        byte ^= 1;
+        image_write(f->image[0], unit * 4096, &byte, 1);
+        if (n == -EIO)
+            return unit;
+    }
+    fail();
+    return 0;
+}
+
+static void flip(struct fixture *f, uint64_t unit)
+{
+    uint8_t byte;
+
+    image_read(f->image[0], unit * 4096 + 7, &byte, 1);
+    byte ^= 4;
+    image_write(f->image[0], unit * 4096 + 7, &byte, 1);
+}
+
+/* --- in use --- */
+
+static void *writer(void *arg)
+{
+    static uint8_t buf[256 << 10];
+    struct fixture *f = arg;
+    struct vattr a;
+
+    for (unsigned k = 0; !f->stop; k++) {
+        char name[24];
+
+        snprintf(name, sizeof(name), "w%u", k % 40);
+        vol_unlink(f->v, ROOT, name);
+        if (vol_mknod(f->v, ROOT, name, S_IFREG | 0600, 0, 0, 0, &a) < 0)
+            continue;
+        memset(buf, (int)k, sizeof(buf));
+        assert_true(vol_write(f->v, a.ino, 0, buf, k % 7 ? sizeof(buf) : 700) > 0);
+        vol_forget(f->v, a.ino, 1);
+    }
+    return NULL;
+}
+
+static void test_check_in_use(void **state)
+{
+    struct fixture *f = *state;
+    unsigned whole = 0;
+    pthread_t t;
+
+    for (unsigned k = 0; k < 20; k++) {
+        char name[24];
+
+        snprintf(name, sizeof(name), "old%u", k);
+        make(f, name, (int)k, 200000);
+    }
+    assert_int_equal(pthread_create(&t, NULL, writer, f), 0);
+    for (unsigned k = 0; k < 30; k++) {
+        int rc = volume_check(f->v, true, on_line, f);
+
+        if (rc != 0 && rc != -EBUSY)
+            print_message("check: %d: %s\n", rc, f->last);
+        assert_true(rc == 0 || rc == -EBUSY);
+        whole += rc == 0;
+    }
+    f->stop = true;
+    pthread_join(t, NULL);
+    assert_true(whole > 0);
+    assert_int_equal(f->damage, 0);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+}
+
+/* A generation that is held does not fail the volume when it fills up: the hold goes. */
+static void test_hold_gives_way(void **state)
+{
+    struct fixture *f = *state;
+    struct volume_scrub at = {0};
+    static uint8_t buf[MIB];
+    uint64_t ino = make(f, "big", 1, 1);
+    pthread_t t;
+
+    assert_int_equal(pthread_create(&t, NULL, writer, f), 0);
+    for (unsigned k = 0; k < 60; k++) {
+        ssize_t n = vol_write(f->v, ino, (uint64_t)(k % 30) * MIB, buf, sizeof(buf));
+        int rc;
+
+        assert_true(n == (ssize_t)sizeof(buf) || n == -ENOSPC);
+        rc = volume_check(f->v, k % 8 == 0, on_line, f);
+        assert_true(rc == 0 || rc == -EBUSY);
+        rc = volume_scrub_step(f->v, &at, 4 << 20);
+        if (rc == 0)
+            at = (struct volume_scrub){0};
+    }
+    f->stop = true;
+    pthread_join(t, NULL);
+    assert_int_equal(f->damage, 0);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+}
+
+static unsigned scrub(struct fixture *f, uint64_t step)
+{
+    struct volume_scrub at = {0};
+
+    for (unsigned n = 0; volume_scrub_step(f->v, &at, step); n++)
+        assert_true(n < 1000000 && at.done <= at.total);
+    assert_true(at.done == at.total && at.total > 0);
+    return at.findings;
+}
+
+static void test_scrub(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t ino = make(f, "file", 3, 300000), unit;
+
+    for (unsigned k = 0; k < 2000; k++) {
+        char name[24];
+        struct vattr a;
+
+        snprintf(name, sizeof(name), "n%u", k);
+        assert_int_equal(vol_mknod(f->v, ROOT, name, S_IFREG | 0600, 0, 0, 0, &a), 0);
+        vol_forget(f->v, a.ino, 1);
+    }
+    assert_int_equal(volume_checkpoint(f->v), 0);
+    assert_int_equal(scrub(f, 100000), 0);
+    assert_int_equal(scrub(f, 1u << 30), 0);
+    assert_int_equal(f->damage, 0);
+    unit = find_unit(f, ino, 100000);
+    f->damage = 0;
+    flip(f, unit);
+    assert_int_equal(scrub(f, 100000), 1);
+    assert_int_equal(f->damage, 1);
+    flip(f, unit);
+    /* Each unit in use but for the superblock's older copies: damage of it is found, and a scrub ends all the same. */
+    for (unit = 2; unit < 200; unit++) {
+        unsigned found;
+
+        flip(f, unit);
+        found = scrub(f, 1u << 30);
+        f->lines = 0;
+        assert_int_equal(volume_check(f->v, true, on_line, f) > 0, found > 0);
+        flip(f, unit);
+    }
+    assert_int_equal(scrub(f, 100000), 0);
+}
+
+/* --- repair --- */
+
+static int repair(struct fixture *f)
+{
+    struct volume_report r = {.line = on_line, .ctx = f};
+    int rc;
+
+    f->lines = 0;
+    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id,
+                       &r);
+    assert_int_equal(rc, f->lines);
+    assert_int_equal(try_open(f), 0);
+    f->lines = 0;
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+    return rc;
+}
+
+static void test_repair_content(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t ino = make(f, "file", 5, 300000), other = make(f, "other", 6, 100000), unit;
+    struct volume_stat before, after;
+    uint8_t buf[4096];
+    struct vattr a;
+
+    assert_int_equal(volume_close(f->v), 0);
+    assert_int_equal(repair(f), 0);
+    unit = find_unit(f, ino, 8192);
+    volume_stat(f->v, &before);
+    volume_abandon(f->v);
+    flip(f, unit);
+    assert_int_equal(repair(f), 1);
+    assert_non_null(strstr(f->last, "blocks 2 to 2"));
+    volume_stat(f->v, &after);
+    assert_int_equal(after.used, before.used - 4096);
+    assert_int_equal(vol_read(f->v, ino, 8192, buf, 4096), -EIO);
+    assert_int_equal(vol_read(f->v, ino, 4096, buf, 4096), 4096);
+    assert_int_equal(vol_read(f->v, ino, 12288, buf, 4096), 4096);
+    assert_int_equal(buf[0], 5);
+    assert_int_equal(vol_read(f->v, other, 0, buf, 4096), 4096);
+    assert_int_equal(vol_write(f->v, ino, 8200, "x", 1), -EIO); /* the rest of the block is not known */
+    memset(buf, 9, sizeof(buf));
+    assert_int_equal(vol_write(f->v, ino, 8192, buf, 4096), 4096);
+    assert_int_equal(vol_read(f->v, ino, 8192, buf, 4096), 4096);
+    assert_int_equal(buf[100], 9);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+    /* A second repair finds nothing; lost blocks can be cut off, too. */
+    volume_abandon(f->v);
+    assert_int_equal(repair(f), 0);
+    unit = find_unit(f, ino, 200000);
+    volume_abandon(f->v);
+    flip(f, unit);
+    assert_int_equal(repair(f), 1);
+    a.size = 5000;
+    assert_int_equal(vol_setattr(f->v, ino, VOL_SET_SIZE, &a, &a), 0);
+    assert_int_equal(vol_unlink(f->v, ROOT, "file"), 0);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+}
+
+static int find_numbered(void *ctx, const char *name, uint64_t ino, uint32_t type, uint64_t cookie, const struct vattr *a)
+{
+    (void)ino, (void)type, (void)cookie, (void)a;
+    *(unsigned *)ctx += name[0] == '#';
+    return 0;
+}
+
+/* Every node in turn: what is kept is listed, names that are lost are in lost+found, and the other repair finds nothing. */
+static void test_repair_names(void **state)
+{
+    struct fixture *f = *state;
+    struct image *saved[2];
+    unsigned found_names = 0, repairs = 0;
+
+    for (unsigned k = 0; k < 1500; k++) {
+        char name[40];
+        struct vattr a;
+
+        snprintf(name, sizeof(name), "a-name-that-fills-leaves-%u", k);
+        assert_int_equal(vol_mknod(f->v, ROOT, name, k % 10 ? S_IFREG | 0600 : S_IFDIR | 0700, 0, 0, 0, &a), 0);
+        if (k % 10)
+            assert_int_equal(vol_write(f->v, a.ino, 0, name, 20), 20);
+        vol_forget(f->v, a.ino, 1);
+    }
+    assert_int_equal(volume_close(f->v), 0);
+    saved[0] = f->image[0];
+    saved[1] = f->image[1];
+    for (uint64_t unit = 2; unit < 400; unit += 3) {
+        struct vattr a;
+
+        f->image[0] = image_copy(saved[0]);
+        f->image[1] = image_copy(saved[1]);
+        f->v = NULL;
+        flip(f, unit);
+        if (try_open(f) < 0) {
+            image_free(f->image[0]);
+            image_free(f->image[1]);
+            continue; /* the root */
+        }
+        volume_abandon(f->v);
+        repairs += repair(f) > 0;
+        if (vol_lookup(f->v, ROOT, "lost+found", &a) == 0)
+            assert_int_equal(vol_readdir(f->v, a.ino, 0, false, find_numbered, &found_names), 0);
+        volume_abandon(f->v);
+        assert_int_equal(repair(f), 0);
+        volume_abandon(f->v);
+        image_free(f->image[0]);
+        image_free(f->image[1]);
+    }
+    f->image[0] = saved[0];
+    f->image[1] = saved[1];
+    f->v = NULL;
+    assert_true(repairs > 10 && found_names > 1000);
+}
+
+/* --- resize --- */
+
+static void test_resize(void **state)
+{
+    static uint8_t buf[MIB];
+    struct fixture *f = *state;
+    struct volume_params p;
+    uint64_t ino = make(f, "file", 1, 1);
+    unsigned n = 0;
+
+    while (vol_write(f->v, ino, (uint64_t)n * MIB, buf, sizeof(buf)) > 0)
+        n++;
+    assert_true(n > 40 && n < 64);
+    assert_int_equal(volume_resize(f->v, 32 << 20), -EINVAL);
+    assert_int_equal(volume_resize(f->v, 200 << 20), 0);
+    while (vol_write(f->v, ino, (uint64_t)n * MIB, buf, sizeof(buf)) > 0)
+        n++;
+    assert_true(n > 170 && n < 200);
+    assert_int_equal(volume_resize(f->v, 100 << 20), -ENOSPC);
+    volume_get_params(f->v, &p);
+    assert_int_equal(p.size_limit, 200 << 20);
+    assert_int_equal(vol_unlink(f->v, ROOT, "file"), 0);
+    vol_forget(f->v, ino, 1);
+    assert_int_equal(volume_resize(f->v, 64 << 20), 0);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+    volume_abandon(f->v);
+    assert_int_equal(try_open(f), 0);
+    volume_get_params(f->v, &p);
+    assert_int_equal(p.size_limit, 64 << 20);
+    ino = make(f, "again", 1, 1);
+    for (n = 0; vol_write(f->v, ino, (uint64_t)n * MIB, buf, sizeof(buf)) > 0;)
+        n++;
+    assert_true(n > 40 && n < 64);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_check_in_use, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_hold_gives_way, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_scrub, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_repair_content, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_repair_names, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_resize, setup, teardown),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
