@@ -12,7 +12,8 @@ BUILD=${BUILD:-$TOP/build}
 BUILD_PACKAGES=(gcc libc6-dev make pkg-config libfuse3-dev libsodium-dev libjansson-dev libmicrohttpd-dev
     libcurl4-openssl-dev libseccomp-dev)
 ENGINE_PACKAGES=(docker.io busybox-static)
-TEST_PACKAGES=(libcmocka-dev clang llvm libclang-rt-14-dev python3 util-linux procps curl sqlite3 tzdata attr postgresql-15)
+TEST_PACKAGES=(libcmocka-dev clang llvm libclang-rt-14-dev python3 util-linux procps curl sqlite3 tzdata attr postgresql-15
+    mariadb-server)
 
 say() { printf '%s\n' "$*"; }
 die() {
@@ -44,9 +45,16 @@ install_packages() {
         mkdir -p /etc/postgresql-common
         echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
     fi
+    # MariaDB's would start one; a policy that says no is the packages' own way to be asked not to.
+    local policy=
+    if [[ " ${missing[*]} " == *" mariadb-server "* ]] && [ ! -e /usr/sbin/policy-rc.d ]; then
+        policy=/usr/sbin/policy-rc.d
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod 755 $policy
+    fi
     { apt-get update -q && apt-get install -q -y --no-install-recommends "${missing[@]}"; } >/tmp/coffer-apt.$$ 2>&1 ||
-        { tail -n 15 /tmp/coffer-apt.$$ >&2; rm -f /tmp/coffer-apt.$$; die "apt-get could not install ${missing[*]}"; }
-    rm -f /tmp/coffer-apt.$$
+        { tail -n 15 /tmp/coffer-apt.$$ >&2; rm -f /tmp/coffer-apt.$$ $policy; die "apt-get could not install ${missing[*]}"; }
+    rm -f /tmp/coffer-apt.$$ $policy
 }
 
 COFFER_USERS=(coffer-keyd coffer-fs)
