@@ -1,5 +1,6 @@
 /*
- * coffer-fs.c - main: the FUSE server of one volume, or its formatter or checker (coffer/server.h says how it is started).
+ * coffer-fs.c - main: the FUSE server of one volume, or its formatter or checker (coffer/server.h says how it is
+ * started).
  *
  * Threads: main reads cofferd's orders; one reads the agent's channel (channel.c); the loop's serve requests; `locker`
  * does what must never be done by any of them: locking waits for requests and notifies the kernel.
@@ -181,11 +182,11 @@ static int serve(void)
 
 /* --- format and check --- */
 
-static int maintenance_key(struct key **ret_key, struct volume_params *ret_params)
+static int maintenance_key(struct key **ret_key, struct channel_volume *ret_volume)
 {
     struct agent_auth ask = {.flags = AGENT_AUTH_MAINTENANCE | AGENT_AUTH_WANT_KEY};
     struct auth a;
-    int rc = channel_ask(NULL, &ask, &a, ret_key, ret_params);
+    int rc = channel_ask(NULL, &ask, &a, ret_key, ret_volume);
 
     if (rc == 0)
         auth_put(&a);
@@ -199,13 +200,13 @@ static int maintenance_key(struct key **ret_key, struct volume_params *ret_param
 static int format(void)
 {
     struct store *data = store_fd_take(SERVER_FD_DATA), *log = store_fd_take(SERVER_FD_LOG);
-    struct volume_params params;
+    struct channel_volume cv;
     struct key *key = NULL;
-    int rc = maintenance_key(&key, &params);
+    int rc = maintenance_key(&key, &cv);
 
     if (rc < 0)
         return 1;
-    rc = volume_format(data, log, key, &params);
+    rc = volume_format(data, log, key, &cv.params);
     key_free(&key);
     if (rc < 0)
         control_failed("formatting failed: %s", strerror(-rc));
@@ -220,18 +221,23 @@ static void print_line(void *ctx, const char *text)
 
 static int check(bool data)
 {
-    struct volume_options o = {.on_damage = control_damage};
-    struct volume_params params;
+    struct volume_options o = {.on_damage = control_damage, .on_checkpoint = channel_seen};
+    struct channel_volume cv;
     struct volume *v = NULL;
     struct key *key = NULL;
-    int rc = maintenance_key(&key, &params), closed;
+    int rc = maintenance_key(&key, &cv), closed;
 
     if (rc < 0)
         return 1;
-    rc = volume_open(store_fd_take(SERVER_FD_DATA), store_fd_take(SERVER_FD_LOG), key, params.id, &o, &v);
+    o.seen = cv.seen;
+    o.new_branch = cv.accept_rollback;
+    rc = volume_open(store_fd_take(SERVER_FD_DATA), store_fd_take(SERVER_FD_LOG), key, cv.params.id, &o, &v);
     key_free(&key);
     if (rc < 0) {
-        control_failed("the volume does not open: %s", strerror(-rc));
+        control_failed("the volume does not open: %s",
+                       rc == -ESTALE ? "it was put back to an older state: restore the newer one, or coffer volume "
+                                       "accept-rollback"
+                                     : strerror(-rc));
         return 1;
     }
     rc = volume_check(v, data, print_line, NULL);
@@ -247,7 +253,8 @@ static int check(bool data)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: coffer-fs serve|format|check NAME [--profile database] [--strict] [--data]; started by cofferd\n");
+    fprintf(stderr,
+            "usage: coffer-fs serve|format|check NAME [--profile database] [--strict] [--data]; started by cofferd\n");
     return 2;
 }
 
