@@ -463,6 +463,12 @@ static void add_key(struct server *s, const char *volume, uint32_t flags, struct
         memcpy(v->key, key->b, sizeof(v->key));
         v->has_key = 1;
     }
+    if (v->has_key) {
+        bool accept;
+
+        seen_get(s->seen, v->params.id, &v->seen, &accept);
+        v->accept_rollback = accept;
+    }
     key_free(&key);
 }
 

@@ -5,6 +5,7 @@
  *   head       MAC of header and slots                        stops: an edited slot, cost, feature bit or count
  *   body       seals the body; additional data is everything before it, so body and slots belong together
  *   wrap       seals each volume's key, with its name, id, version and epoch, and the signing seed
+ *   seen       seals `generations` (seen.c)
  *   signature  Ed25519 over the file, its public half in the recovery text: who only knows the recovery *public* key
  * (it is in the slot) can seal a keystore of his own to it, but not one that the text's owner takes for his
  *
@@ -27,7 +28,7 @@
 _Static_assert(KS_SIG_BYTES == crypto_sign_BYTES, "signature");
 
 struct ks_keys {
-    struct key root, head, body, wrap;
+    struct key root, head, body, wrap, seen;
     uint8_t sign[crypto_sign_SECRETKEYBYTES];
 };
 
@@ -51,6 +52,7 @@ static void derive(struct ks_keys *k, const uint8_t id[KS_ID_BYTES])
     crypto_kdf_derive_from_key(k->head.b, KEY_BYTES, 1, context, base);
     crypto_kdf_derive_from_key(k->body.b, KEY_BYTES, 2, context, base);
     crypto_kdf_derive_from_key(k->wrap.b, KEY_BYTES, 3, context, base);
+    crypto_kdf_derive_from_key(k->seen.b, KEY_BYTES, 5, context, base);
     sodium_memzero(base, sizeof(base));
 }
 
@@ -307,7 +309,8 @@ static int new_slots(struct ks_image *image, const struct ks_keys *keys, uint32_
     return slot_make(image->head.id, AGENT_SLOT_RECOVERY, public_key, sizeof(public_key), &keys->root, &image->slot[1]);
 }
 
-static int init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery)
+static int init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery,
+                int (*deliver)(void *, const char *), void *ctx)
 {
     struct ks_image image = {.head = {.magic = KS_MAGIC, .version = le32_make(KS_VERSION)}};
     struct recovery_key *r = secmem_alloc(sizeof(*r));
@@ -330,10 +333,17 @@ static int init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t
     if (rc == 0)
         rc = file_make(&image, keys, body, &file, &file_n);
     if (rc == 0)
-        rc = keyfile_create(k->dirfd, file, file_n);
+        rc = keyfile_stage(k->dirfd, file, file_n);
     if (rc < 0)
         goto out;
     recovery_encode(r, recovery);
+    rc = deliver ? deliver(ctx, recovery) : 0;
+    if (rc < 0)
+        keyfile_clean(k->dirfd);
+    else
+        rc = keyfile_create(k->dirfd);
+    if (rc < 0)
+        goto out;
     k->initialised = true;
     k->doubt = false;
     k->image = image;
@@ -350,7 +360,8 @@ out:
     return rc;
 }
 
-int keystore_init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery, size_t size)
+int keystore_init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery, size_t size,
+                  int (*deliver)(void *ctx, const char *recovery), void *ctx)
 {
     int rc;
 
@@ -361,7 +372,7 @@ int keystore_init(struct keystore *k, uint32_t kind, const uint8_t *secret, size
     else if (size < KEYSTORE_RECOVERY_MAX)
         rc = -ENOSPC;
     else
-        rc = init(k, kind, secret, n, recovery);
+        rc = init(k, kind, secret, n, recovery, deliver, ctx);
     if (rc < 0)
         sodium_memzero(recovery, size);
     return rc;
@@ -608,6 +619,20 @@ int keystore_volume_key(struct keystore *k, const char *name, struct key **ret)
     else
         *ret = key;
     return rc;
+}
+
+int keystore_seen_key(const struct keystore *k, struct key **ret)
+{
+    struct key *key;
+
+    if (!k->keys)
+        return -ENOKEY;
+    key = key_new();
+    if (!key)
+        return -ENOMEM;
+    memcpy(key->b, k->keys->seen.b, KEY_BYTES);
+    *ret = key;
+    return 0;
 }
 
 /* --- rules --- */

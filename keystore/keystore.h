@@ -49,8 +49,11 @@ unsigned keystore_volumes(const struct keystore *k);
  * size bytes in the caller's secure memory; it exists nowhere else. -EEXIST; -EINVAL: the kind, or a secret too short
  * or too long; -ENOSPC: size is below KEYSTORE_RECOVERY_MAX. After a failure there is no keystore and recovery is
  * wiped.
+ * deliver (or NULL) is called with the text when the file is written, but not in its place yet: so that no keystore
+ * comes to be whose text nobody was given. An error of it is returned, and there is no keystore.
  */
-int keystore_init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery, size_t size);
+int keystore_init(struct keystore *k, uint32_t kind, const uint8_t *secret, size_t n, char *recovery, size_t size,
+                  int (*deliver)(void *ctx, const char *recovery), void *ctx);
 /*
  * Opens it with a secret of this kind (for AGENT_SLOT_RECOVERY: the recovery text). -EKEYREJECTED: no slot of the kind
  * opens with it; -ENOENT: no slot of the kind, or not initialised; -EBADMSG: the secret fits, but the file was changed.
@@ -80,6 +83,9 @@ int keystore_volume_set_size(struct keystore *k, const char *name, uint64_t size
 int keystore_volume_rm(struct keystore *k, const char *name);
 /* The volume's key, the caller's (key_free). -ENOENT. */
 int keystore_volume_key(struct keystore *k, const char *name, struct key **ret);
+
+/* The key of what is remembered of volumes (seen.h), the caller's (key_free). -ENOKEY, -ENOMEM. */
+int keystore_seen_key(const struct keystore *k, struct key **ret);
 
 /* --- rules: texts here, in the order in which they were given; policy.h says what they mean --- */
 

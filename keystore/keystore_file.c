@@ -87,7 +87,7 @@ out:
 }
 
 /* The temporary file, whole and flushed. */
-static int write_new(int dirfd, const uint8_t *buf, size_t n)
+int keyfile_stage(int dirfd, const uint8_t *buf, size_t n)
 {
     int rc, fd;
 
@@ -118,13 +118,10 @@ static int rename_noreplace(int dirfd)
     return 0;
 }
 
-int keyfile_create(int dirfd, const uint8_t *buf, size_t n)
+int keyfile_create(int dirfd)
 {
-    int rc = write_new(dirfd, buf, n);
+    int rc = rename_noreplace(dirfd);
 
-    if (rc < 0)
-        return rc;
-    rc = rename_noreplace(dirfd);
     if (rc < 0) {
         unlinkat(dirfd, TMP_FILE, 0);
         return rc;
@@ -138,7 +135,7 @@ int keyfile_create(int dirfd, const uint8_t *buf, size_t n)
 int keyfile_replace(int dirfd, const uint8_t *buf, size_t n, bool *ret_doubt)
 {
     bool exchanged = false;
-    int old = -1, rc = write_new(dirfd, buf, n);
+    int old = -1, rc = keyfile_stage(dirfd, buf, n);
 
     if (rc < 0)
         return rc;

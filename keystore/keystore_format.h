@@ -217,8 +217,10 @@ int recovery_decode(const uint8_t *text, size_t n, struct recovery_key *ret);
 void keyfile_clean(int dirfd);
 /* Reads the first max bytes of the file (free() them) and its size. -ENOENT; -EBADMSG: not a regular file; -EFBIG. */
 int keyfile_read(int dirfd, size_t max, uint8_t **ret, size_t *ret_n, uint64_t *ret_size);
+/* Writes and flushes what keyfile_create puts in its place, or keyfile_clean removes. */
+int keyfile_stage(int dirfd, const uint8_t *buf, size_t n);
 /* Makes the file. -EEXIST. After a failure there is none that was not there before. */
-int keyfile_create(int dirfd, const uint8_t *buf, size_t n);
+int keyfile_create(int dirfd);
 /* Puts a new file into the old one's place and overwrites the old one. *ret_doubt is set when a failure leaves unknown
  * which of the two a power cut would leave; on any other failure the old one is there, whole. */
 int keyfile_replace(int dirfd, const uint8_t *buf, size_t n, bool *ret_doubt);

@@ -9,9 +9,9 @@
  *                                               namespace, and nothing in its cgroup paths looks like a container
  *             ro                                (allow only) the access granted is read-only
  *
- * `unit:` and `cgroup:` are refused in this version. Default deny; deny wins; access is read-write if any allow that holds
- * lacks `ro`. On an attached volume (agent_volume.attached) each container selector of an allow implies `attached`, and
- * without any allow rule the default rule `attached` stands.
+ * `unit:` and `cgroup:` are refused in this version. Default deny; deny wins; access is read-write if any allow that
+ * holds lacks `ro`. On an attached volume (agent_volume.attached) each container selector of an allow implies
+ * `attached`, and without any allow rule the default rule `attached` stands.
  */
 #ifndef COFFER_KEYSTORE_POLICY_H
 #define COFFER_KEYSTORE_POLICY_H
@@ -21,7 +21,7 @@
 #define POLICY_SELECTORS_MAX 16
 #define POLICY_VALUE_MAX     255 /* bytes of a name, reference or label value; a label's key: 127 */
 #define POLICY_KEY_MAX       127
-#define POLICY_LABELS_MAX    32  /* distinct label keys of one volume's rules */
+#define POLICY_LABELS_MAX    32 /* distinct label keys of one volume's rules */
 #define POLICY_CGROUPS_MAX   40
 
 enum policy_kind {
@@ -83,17 +83,18 @@ int policy_parse(const char *text, bool deny, struct policy_rule *ret, char *why
 int policy_check(const char *rule, bool deny, char *why, size_t n);
 
 /* The decision. write: the caller asks to write, so a rule with `ro` is not enough. Sets *ret wholly. */
-void policy_evaluate(const struct policy_rule *rules, size_t n, bool attached_volume, const struct policy_caller *caller,
-                     bool write, struct policy_verdict *ret);
-/* The same upon the texts that the keystore holds, not for writing: whoever asks to write looks at read_only. A text that
- * does not parse (an older or newer version took it) refuses everything: what it meant to deny is not known. */
+void policy_evaluate(const struct policy_rule *rules, size_t n, bool attached_volume,
+                     const struct policy_caller *caller, bool write, struct policy_verdict *ret);
+/* The same upon the texts that the keystore holds, not for writing: whoever asks to write looks at read_only. A text
+ * that does not parse (an older or newer version took it) refuses everything: what it meant to deny is not known. */
 void policy_decide(const struct agent_rule *rules, unsigned n, bool attached_volume, const struct policy_caller *caller,
                    struct policy_verdict *ret);
 
 /* The distinct label keys that the rules ask about; the pointers are the rules'. Returns their number; where it is more
  * than POLICY_LABELS_MAX, only those first ones are set: such a set of rules must be refused. */
 size_t policy_labels(const struct policy_rule *rules, size_t n, const char *keys[POLICY_LABELS_MAX]);
-/* Whether an allow rule names a selector that no container can meet (uid:): the volume is a local one, not `attached`. */
+/* Whether an allow rule names a selector that no container can meet (uid:): the volume is a local one, not `attached`.
+ */
 bool policy_local(const struct policy_rule *rules, size_t n);
 
 #endif

@@ -101,6 +101,52 @@ static void secrets_drop(struct server *s, uint64_t conn_id)
     }
 }
 
+/* --- what is remembered of volumes --- */
+
+static void conn_learn_id(struct server *s, struct conn *c)
+{
+    struct agent_volume v;
+
+    if (c->kind != CONN_VOLUME || c->has_id || keystore_volume_get(s->keystore, c->volume, &v) < 0)
+        return;
+    memcpy(c->volume_id, v.params.id, sizeof(c->volume_id));
+    c->has_id = true;
+}
+
+static int remember(struct server *s, struct conn *c, const struct volume_seen *now)
+{
+    int rc = c->has_id ? seen_put(s->seen, c->volume_id, now) : -ENOKEY;
+
+    c->pending = rc < 0 && rc != -ESTALE ? *now : (struct volume_seen){0};
+    if (rc < 0 && rc != -ENOKEY)
+        log_err("volume %s: generation %llu is not remembered: %s", c->volume, (unsigned long long)now->generation,
+                rc == -ESTALE ? "a newer one is" : strerror(-rc));
+    return rc;
+}
+
+/* The keystore is open: reads what was remembered, and adds what came while it was not. 0 or -errno. */
+static int seen_begin(struct server *s)
+{
+    struct key *key = NULL;
+    int rc = keystore_seen_key(s->keystore, &key);
+
+    if (rc == 0)
+        rc = seen_unlock(s->seen, key);
+    key_free(&key);
+    if (rc < 0)
+        return rc;
+    if (rc == 1 && keystore_volumes(s->keystore) > 0 &&
+        (rc = server_audit(s, "generations-missing", "",
+                           "what was seen of the volumes is gone: an older state of one would not be noticed")) < 0)
+        return rc;
+    for (struct conn *c = s->conns; c; c = c->next) {
+        conn_learn_id(s, c);
+        if (c->kind == CONN_VOLUME && c->pending.generation)
+            remember(s, c, &c->pending);
+    }
+    return 0;
+}
+
 /* The volume's other serving channel, besides c. */
 static bool served(const struct server *s, const char *volume, const struct conn *but)
 {
@@ -231,6 +277,9 @@ static void lock_waits_step(struct server *s)
 {
     bool waiting = locks_pending(s);
 
+    /* The servers' last checkpoints are remembered while they lock. */
+    if (!waiting && !keystore_unlocked(s->keystore) && seen_unlocked(s->seen))
+        seen_lock(s->seen);
     for (struct lock_wait **p = &s->lock_waits; *p;) {
         struct lock_wait *w = *p;
         struct conn *c = server_conn(s, w->conn_id);
@@ -495,7 +544,26 @@ static int on_volume_rm(struct request *r)
     if (rc == 0)
         rc = keystore_volume_rm(r->s->keystore, q->name);
     if (rc == 0)
+        seen_forget(r->s->seen, v.params.id);
+    if (rc == 0)
         grants_end(r->s->grants, q->name, -1, "the volume was removed");
+    return done(r, rc);
+}
+
+static int on_accept_rollback(struct request *r)
+{
+    const struct agent_name *q = r->body;
+    struct agent_volume v;
+    int rc;
+
+    if (!text_ok(q->name, sizeof(q->name)))
+        return -EPROTO;
+    rc = keystore_volume_get(r->s->keystore, q->name, &v);
+    if (rc == 0)
+        rc = server_audit(r->s, "accept-rollback", q->name,
+                          "the operator accepts whatever state the volume's next opening finds");
+    if (rc == 0)
+        rc = seen_accept(r->s->seen, v.params.id);
     return done(r, rc);
 }
 
@@ -527,6 +595,7 @@ static int on_bind(struct request *r)
     memcpy(c->volume, q->name, sizeof(c->volume));
     c->purpose = q->purpose;
     c->mount_id = q->mount_id;
+    conn_learn_id(r->s, c);
     return done(r, 0);
 }
 
@@ -758,6 +827,19 @@ static int on_fs_auth(struct request *r)
     return 0;
 }
 
+static int on_fs_seen(struct request *r)
+{
+    struct agent_seen_done d = {0};
+    struct volume_seen now;
+
+    memcpy(&now, r->body, sizeof(now));
+    if (!now.generation)
+        return -EPROTO;
+    d.err = remember(r->s, r->c, &now);
+    server_send(r->c, AGENT_FS_SEEN, r->id, &d, sizeof(d), NULL, 0);
+    return 0;
+}
+
 static int on_fs_locked(struct request *r)
 {
     struct conn *c = r->c;
@@ -788,6 +870,7 @@ static const struct packet {
     {AGENT_VOLUME_STATE, CONN_CONTROL, sizeof(struct agent_volume_state), 0, 0, on_volume_state},
     {AGENT_VOLUME_SIZE, CONN_CONTROL, sizeof(struct agent_volume_size), 0, 0, on_volume_size},
     {AGENT_VOLUME_RM, CONN_CONTROL, sizeof(struct agent_name), 0, 0, on_volume_rm},
+    {AGENT_ACCEPT_ROLLBACK, CONN_CONTROL, sizeof(struct agent_name), 0, 0, on_accept_rollback},
     {AGENT_RULE_ADD, CONN_CONTROL, sizeof(struct agent_rule), 0, 0, on_rule_add},
     {AGENT_RULE_RM, CONN_CONTROL, sizeof(struct agent_rule), 0, 0, on_rule_rm},
     {AGENT_RULE_GET, CONN_CONTROL, sizeof(struct agent_index), 0, 0, on_rule_get},
@@ -798,6 +881,7 @@ static const struct packet {
     {AGENT_BROKER, CONN_CONTROL, 0, 0, 0, on_broker},
     {AGENT_FACTS, CONN_BROKER, sizeof(struct agent_facts), 0, 1, on_facts},
     {AGENT_FS_AUTH, CONN_VOLUME, sizeof(struct agent_auth), 0, 0, on_fs_auth},
+    {AGENT_FS_SEEN, CONN_VOLUME, sizeof(struct volume_seen), 0, 0, on_fs_seen},
     {AGENT_FS_LOCKED, CONN_VOLUME, 0, 0, 0, on_fs_locked},
 };
 
@@ -868,21 +952,36 @@ static void secret_reply(struct server *s, const struct secret_read *r, int err,
         server_reply(c, r->msg_id, err, "%s", text);
 }
 
-static void init_complete(struct server *s, struct secret_read *r)
-{
-    char *recovery = secmem_alloc(RECOVERY_MAX);
-    struct pollfd out = {.fd = r->out, .events = POLLOUT};
-    int rc = recovery ? 0 : -ENOMEM;
+struct delivery {
+    struct server *s;
+    int out;
+};
 
-    /* Who cannot be shown the recovery key gets no keystore. */
+/* Between the keystore's writing and its coming into force: who cannot be shown the recovery key gets no keystore, and
+ * what is not in the audit log does not happen. */
+static int deliver(void *ctx, const char *recovery)
+{
+    struct delivery *d = ctx;
+    struct pollfd out = {.fd = d->out, .events = POLLOUT};
+    int rc = seen_reset(d->s->seen);
+
     if (rc == 0 && (poll(&out, 1, 0) != 1 || out.revents != POLLOUT))
         rc = -EPIPE;
     if (rc == 0)
-        rc = keystore_init(s->keystore, r->kind, r->buf, r->n, recovery, RECOVERY_MAX);
+        rc = server_audit(d->s, "init", "", "the keystore is made");
+    return rc < 0 ? rc : write_full(d->out, recovery, strlen(recovery));
+}
+
+static void init_complete(struct server *s, struct secret_read *r)
+{
+    char *recovery = secmem_alloc(RECOVERY_MAX);
+    struct delivery d = {s, r->out};
+    int rc = recovery ? 0 : -ENOMEM;
+
     if (rc == 0)
-        rc = write_full(r->out, recovery, strlen(recovery));
+        rc = keystore_init(s->keystore, r->kind, r->buf, r->n, recovery, RECOVERY_MAX, deliver, &d);
     if (rc == 0)
-        rc = server_audit(s, "init", "", "the keystore was made");
+        rc = seen_begin(s);
     secmem_free(recovery);
     secret_reply(s, r, rc, rc < 0 ? strerror(-rc) : "");
 }
@@ -891,17 +990,27 @@ static void unlock_complete(struct server *s, struct secret_read *r)
 {
     int rc = keystore_unlock(s->keystore, r->kind, r->buf, r->n);
 
+    if (rc == 0 && (rc = seen_begin(s)) < 0) {
+        lock_everything(s, "the keystore was locked");
+        log_err("%s cannot be read: %s", SEEN_FILE, strerror(-rc));
+        secret_reply(
+            s, r, rc,
+            "this opens the keystore, but its file `generations` was changed or cannot be read: restore it, or "
+            "remove it if you accept each volume's state as it is");
+        return;
+    }
     if (rc == 0 && (rc = server_audit(s, "unlock", "", slot_names[r->kind])) < 0)
-        keystore_lock(s->keystore);
+        lock_everything(s, "the unlocking cannot be written into the audit log");
     else if (rc < 0)
         server_audit(s, "unlock-refused", "", slot_names[r->kind]);
     if (rc == -EKEYREJECTED)
         secret_reply(s, r, rc, "no slot of the keystore opens with this");
     else if (rc == -ENOENT)
-        secret_reply(s, r, rc,
-                     keystore_initialised(s->keystore)
-                         ? "the keystore has no slot of this kind: unlock it with its passphrase, key file or recovery key"
-                         : "there is no keystore yet: run coffer init");
+        secret_reply(
+            s, r, rc,
+            keystore_initialised(s->keystore)
+                ? "the keystore has no slot of this kind: unlock it with its passphrase, key file or recovery key"
+                : "there is no keystore yet: run coffer init");
     else if (rc == -EBADMSG)
         secret_reply(s, r, rc, "this opens a slot, but the keystore file was changed: restore it from a backup");
     else
@@ -1105,8 +1214,9 @@ int server_new(const struct server_config *config, struct server **ret)
     snprintf(s->driver, sizeof(s->driver), "%s", config->driver);
     s->inotify_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
     s->grants = grants_new(s->inotify_fd);
+    s->seen = seen_new(s->dir_fd);
     s->flood = flood_new();
-    rc = attest_mounts_load(&s->mounts);
+    rc = s->seen ? attest_mounts_load(&s->mounts) : -EMFILE;
     if (rc < 0)
         log_err("/proc/self/mountinfo cannot be read: %s", strerror(-rc));
     if (rc == 0 && (rc = audit_open(s->dir_fd, &s->audit)) < 0)
@@ -1152,6 +1262,7 @@ void server_free(struct server *s)
     grants_free(s->grants);
     attest_mounts_free(s->mounts);
     keystore_close(s->keystore);
+    seen_free(s->seen);
     audit_close(s->audit);
     close_quiet(s->inotify_fd);
     close_quiet(s->helper_fd);

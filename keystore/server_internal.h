@@ -19,6 +19,7 @@
 #include "keystore/grants.h"
 #include "keystore/keystore.h"
 #include "keystore/policy.h"
+#include "keystore/seen.h"
 #include "keystore/server.h"
 
 #include <poll.h>
@@ -43,6 +44,9 @@ struct conn {
     bool key_given; /* FORMAT, CHECK: the one key is out */
     bool lock_sent;  /* AGENT_FS_LOCKED is awaited */
     bool lock_again; /* and what ended since then is to be locked out, too: coffer-fs may have stayed open for it */
+    bool has_id;    /* volume_id is known: the keystore was unlocked since it was bound */
+    uint8_t volume_id[VOLUME_ID_BYTES];
+    struct volume_seen pending; /* a checkpoint that could not be remembered yet; generation 0: none */
 };
 
 /* The engine's Mount of a volume. It stays after its end for as long as the process lives: that process still gets the
@@ -66,6 +70,7 @@ struct server {
     struct keystore *keystore;
     struct audit *audit;
     struct attest_mounts *mounts;
+    struct seen *seen;
     struct grants *grants;
     struct flood *flood;
     struct conn *conns;

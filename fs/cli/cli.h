@@ -103,7 +103,8 @@ int cli_secret_read(struct cli *c, enum cli_secret how, const char **ret_kind, c
 
 int cli_init(struct cli *c);
 int cli_unlock(struct cli *c);
-int cli_simple(struct cli *c); /* lock, volume rm, policy allow and deny: the request and nothing to show */
+int cli_simple(
+    struct cli *c); /* lock, volume rm, accept-rollback, policy allow and deny: the request and nothing to show */
 int cli_status(struct cli *c);
 int cli_up(struct cli *c);
 int cli_down(struct cli *c);

@@ -240,7 +240,9 @@ int cli_init(struct cli *c)
         goto out;
     got = read_upto(out[0], recovery, AGENT_SECRET_MAX);
     if (got <= 0) {
-        rc = cli_fail("the keystore is made, but its recovery key did not arrive: make it anew, or add a slot");
+        rc = cli_fail("the keystore is made, but its recovery key did not arrive: remove %s/keystore/keystore, which "
+                      "holds nothing yet, and run this again",
+                      c->state);
         goto out;
     }
     print_recovery(c, recovery, (size_t)got);

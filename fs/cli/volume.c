@@ -51,7 +51,10 @@ static int add_number(struct cli *c, json_t *req, const char *option, const char
 
 static const struct {
     const char *words, *done;
-} simple_done[] = {{"lock", "locked"}, {"volume rm", "removed"}, {"umount", "unmounted"}};
+} simple_done[] = {{"lock", "locked"},
+                   {"volume rm", "removed"},
+                   {"volume accept-rollback", "accepted: the next mount takes the files as they are"},
+                   {"umount", "unmounted"}};
 
 static int finish(struct cli *c, json_t *req, const char *done)
 {

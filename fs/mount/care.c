@@ -188,11 +188,11 @@ void care_task(uint64_t id, const struct server_task *task, const int *fds_take,
 
 /* --- runs --- */
 
-static int maintenance_key(struct key **ret_key, struct volume_params *ret_params)
+static int maintenance_key(struct key **ret_key, struct channel_volume *ret_volume)
 {
     struct agent_auth ask = {.flags = AGENT_AUTH_MAINTENANCE | AGENT_AUTH_WANT_KEY};
     struct auth a;
-    int rc = channel_ask(NULL, &ask, &a, ret_key, ret_params);
+    int rc = channel_ask(NULL, &ask, &a, ret_key, ret_volume);
 
     if (rc == 0)
         auth_put(&a);
@@ -206,26 +206,37 @@ static int maintenance_key(struct key **ret_key, struct volume_params *ret_param
 struct job {
     struct store *data, *log; /* taken by what opens them */
     struct key *key;
-    struct volume_params params;
+    struct channel_volume volume;
     const struct care_args *args;
     struct volume_report report;
 };
 
 static int run_format(struct job *j)
 {
-    return volume_format(j->data, j->log, j->key, &j->params);
+    return volume_format(j->data, j->log, j->key, &j->volume.params);
+}
+
+static struct volume_options options_of(const struct job *j)
+{
+    return (struct volume_options){.on_damage = control_damage,
+                                   .seen = j->volume.seen,
+                                   .new_branch = j->volume.accept_rollback,
+                                   .on_checkpoint = channel_seen};
 }
 
 static int run_repair(struct job *j)
 {
-    return volume_repair(j->data, j->log, j->key, j->params.id, &j->report);
+    struct volume_options o = options_of(j);
+
+    o.on_damage = NULL; /* the report has it */
+    return volume_repair(j->data, j->log, j->key, j->volume.params.id, &o, &j->report);
 }
 
 static int open_volume(struct job *j, struct volume **ret)
 {
-    struct volume_options o = {.on_damage = control_damage};
+    struct volume_options o = options_of(j);
 
-    return volume_open(j->data, j->log, j->key, j->params.id, &o, ret);
+    return volume_open(j->data, j->log, j->key, j->volume.params.id, &o, ret);
 }
 
 /* rc, or else the error of closing. */
@@ -269,7 +280,7 @@ int care_run(const char *verb, const struct care_args *args)
             run = verbs[i].run;
     if (!run)
         return -EINVAL;
-    if (maintenance_key(&j.key, &j.params) < 0)
+    if (maintenance_key(&j.key, &j.volume) < 0)
         return 1;
     j.data = store_fd_take(SERVER_FD_DATA, -1);
     j.log = store_fd_take(SERVER_FD_LOG, -1);
@@ -277,6 +288,8 @@ int care_run(const char *verb, const struct care_args *args)
     key_free(&j.key);
     if (rc < 0)
         control_failed("%s failed: %s", verb,
-                       rc == -ENOSPC && run == run_resize ? "more than that is in use" : strerror(-rc));
+                       rc == -ENOSPC && run == run_resize ? "more than that is in use"
+                       : rc == -ESTALE ? "it was put back to an older state: restore the newer one, or coffer volume accept-rollback"
+                                       : strerror(-rc));
     return rc < 0 ? 1 : rc > 0 ? EXIT_DAMAGE : 0;
 }

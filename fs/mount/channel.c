@@ -38,16 +38,19 @@ struct waiter {
     struct auth auth;
     struct key *key; /* where a key may go; NULL: none was asked for */
     bool has_key;
-    struct volume_params params;
+    struct channel_volume volume;
 };
 
 static pthread_mutex_t agent_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t agent_cond;                              /* a verdict, a new channel (monotonic clock) */
-static int agent_fd = -1;   /* -1: none alive */
-static int agent_next = -1; /* handed over by cofferd, not yet taken up */
+static int agent_fd = -1;                                      /* -1: none alive */
+static int agent_next = -1;                                    /* handed over by cofferd, not yet taken up */
 static uint64_t agent_epoch;
 static uint64_t agent_last_id;
 static struct waiter *waiters;
+static struct volume_seen seen_last; /* the newest checkpoint, generation 0: none yet */
+static uint64_t seen_id;             /* of the message that told it */
+static bool seen_sent, seen_done;
 
 static void (*agent_on_lock)(void);
 
@@ -56,7 +59,7 @@ static void (*agent_on_lock)(void);
 static bool verdict_ok(const struct agent_verdict *v, int nfds)
 {
     return v->kind <= AGENT_PLACEHOLDER && v->read_only <= 1 && v->cacheable <= 1 && v->has_key <= 1 &&
-           sodium_is_zero(v->reserved, sizeof(v->reserved)) && v->pad == 0 && v->err <= 0 &&
+           sodium_is_zero(v->reserved, sizeof(v->reserved)) && v->accept_rollback <= 1 && v->err <= 0 &&
            nfds == (v->cacheable ? 1 : 0);
 }
 
@@ -71,7 +74,7 @@ static void waiter_finish(struct waiter *w, const struct agent_verdict *v, int p
     w->auth = (struct auth){.kind = v->kind, .read_only = v->read_only};
     if (v->kind == AGENT_ALLOW)
         w->auth.grant = auth_grant_ref(agent_epoch, v->grant);
-    w->params = v->params;
+    w->volume = (struct channel_volume){v->params, v->seen, v->accept_rollback};
     w->pidfd = pidfd;
     if (v->has_key && w->key) {
         memcpy(w->key->b, v->key, KEY_BYTES);
@@ -97,6 +100,30 @@ static int take_verdict(const struct msg_head *head, const struct agent_verdict 
     return 0;
 }
 
+/* --- the newest checkpoint, for the agent to remember; agent_lock held --- */
+
+static void send_seen(void)
+{
+    struct msg_head head = {.type = AGENT_FS_SEEN, .len = sizeof(seen_last)};
+
+    seen_id = head.id = ++agent_last_id;
+    seen_sent = msg_send(agent_fd, &head, &seen_last, NULL, 0) == 0;
+}
+
+static int take_seen(const struct msg_head *head, const struct agent_seen_done *done)
+{
+    if (done->reserved || done->err > 0)
+        return -EPROTO;
+    if (head->id != seen_id || !seen_sent)
+        return 0; /* of an older one */
+    if (done->err < 0 && done->err != -ENOKEY)
+        log_err("volume %s: the key agent does not remember generation %llu: %s", mount_config.name,
+                (unsigned long long)seen_last.generation, strerror(-done->err));
+    seen_done = true;
+    pthread_cond_broadcast(&agent_cond);
+    return 0;
+}
+
 /* --- the thread that reads --- */
 
 struct agent_message {
@@ -104,6 +131,7 @@ struct agent_message {
     union {
         struct agent_verdict verdict;
         struct agent_grant grant;
+        struct agent_seen_done seen;
     } body;
     int fds[MSG_FDS_MAX];
     int nfds;
@@ -113,6 +141,7 @@ static int handle_message(struct agent_message *m)
 {
     size_t want = m->head.type == AGENT_FS_AUTH        ? sizeof(m->body.verdict)
                   : m->head.type == AGENT_FS_GRANT_END ? sizeof(m->body.grant)
+                  : m->head.type == AGENT_FS_SEEN      ? sizeof(m->body.seen)
                                                        : 0;
     int rc = -EPROTO;
 
@@ -122,6 +151,8 @@ static int handle_message(struct agent_message *m)
             rc = take_verdict(&m->head, &m->body.verdict, m->fds, m->nfds);
         else if (m->head.type == AGENT_FS_GRANT_END)
             auth_end_grant(agent_epoch, m->body.grant.grant);
+        else if (m->head.type == AGENT_FS_SEEN)
+            rc = take_seen(&m->head, &m->body.seen);
         pthread_mutex_unlock(&agent_lock);
         if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_LOCK)
             rc = 0;
@@ -146,6 +177,7 @@ static void agent_died(int rc)
     agent_fd = -1;
     for (struct waiter *w = waiters; w; w = w->next)
         w->sent = w->done; /* to be asked of the next one */
+    seen_sent = seen_done;
     pthread_cond_broadcast(&agent_cond);
     pthread_mutex_unlock(&agent_lock);
 }
@@ -161,6 +193,8 @@ static int agent_take_up_next(void)
     auth_new_agent(agent_epoch);
     fd = agent_fd = agent_next;
     agent_next = -1;
+    if (seen_last.generation && !seen_done)
+        send_seen();
     pthread_cond_broadcast(&agent_cond);
     pthread_mutex_unlock(&agent_lock);
     return fd;
@@ -278,7 +312,7 @@ static int ask_and_wait(fuse_req_t req, struct waiter *w, const struct agent_aut
 }
 
 int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, struct key **ret_key,
-                struct volume_params *ret_params)
+                struct channel_volume *ret_volume)
 {
     struct waiter w = {.pidfd = -1, .auth = {.kind = AGENT_DENY}}, **p;
     int rc;
@@ -310,10 +344,25 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
         auth_put(&w.auth);
         return rc;
     }
-    if (ret_params)
-        *ret_params = w.params;
+    if (ret_volume)
+        *ret_volume = w.volume;
     *ret = w.auth;
     return 0;
+}
+
+void channel_seen(void *ctx, const struct volume_seen *now)
+{
+    int64_t end = mono_ns() + (int64_t)MOUNT_WAIT_MS * 1000000;
+
+    (void)ctx;
+    pthread_mutex_lock(&agent_lock);
+    seen_last = *now;
+    seen_sent = seen_done = false;
+    if (agent_fd >= 0)
+        send_seen();
+    while (seen_sent && !seen_done && mono_ns() < end)
+        wait_slice();
+    pthread_mutex_unlock(&agent_lock);
 }
 
 /* --- cofferd --- */

@@ -163,9 +163,13 @@ static void take_references(struct volume *v)
     free(refs);
 }
 
-static int open_stores(const struct key *key, const struct volume_params *params, struct volume **ret)
+static int open_stores(const struct key *key, const struct channel_volume *cv, struct volume **ret)
 {
-    struct volume_options o = {.background = true, .on_damage = control_damage};
+    struct volume_options o = {.background = true,
+                               .on_damage = control_damage,
+                               .seen = cv->seen,
+                               .new_branch = cv->accept_rollback,
+                               .on_checkpoint = channel_seen};
     struct store *data = store_dup(SERVER_FD_DATA, mount_config.direct ? SERVER_FD_DIRECT : -1);
     struct store *log = store_dup(SERVER_FD_LOG, -1);
 
@@ -177,11 +181,11 @@ static int open_stores(const struct key *key, const struct volume_params *params
         return -EMFILE;
     }
     randombytes_buf(&o.mount_id, sizeof(o.mount_id));
-    return volume_open(data, log, key, params->id, &o, ret);
+    return volume_open(data, log, key, cv->params.id, &o, ret);
 }
 
 /* Opens the volume unless somebody else does or did. */
-static int open_volume(const struct key *key, const struct volume_params *params)
+static int open_volume(const struct key *key, const struct channel_volume *cv)
 {
     struct volume *v = NULL;
     int rc;
@@ -195,9 +199,12 @@ static int open_volume(const struct key *key, const struct volume_params *params
     check_state(LOCKED, OPENING);
     state = OPENING;
     pthread_mutex_unlock(&state_lock);
-    rc = open_stores(key, params, &v);
+    rc = open_stores(key, cv, &v);
     if (rc < 0) {
-        log_err("volume %s: cannot be opened: %s", mount_config.name, strerror(-rc));
+        log_err("volume %s: cannot be opened: %s", mount_config.name,
+                rc == -ESTALE ? "it was put back to an older state: restore the newer one, or coffer volume "
+                                "accept-rollback"
+                              : strerror(-rc));
         failed_at = mono_ns(); /* read again only after the move */
         move(OPENING, LOCKED);
         return -EIO;
@@ -216,19 +223,19 @@ static int ask_and_open(fuse_req_t req, uint32_t opcode, unsigned flags, bool op
 {
     const struct fuse_ctx *ctx = fuse_req_ctx(req);
     struct agent_auth ask = {.tid = ctx->pid, .uid = ctx->uid, .opcode = opcode};
-    struct volume_params params;
+    struct channel_volume cv;
     struct key *key = NULL;
     int rc;
 
     ask.flags = (open ? 0 : AGENT_AUTH_WANT_KEY) | (flags & LIFE_WRITE ? AGENT_AUTH_WRITE : 0) |
                 (flags & LIFE_PROBE ? AGENT_AUTH_PROBE : 0);
-    rc = channel_ask(req, &ask, ret, &key, &params);
+    rc = channel_ask(req, &ask, ret, &key, &cv);
     if (rc < 0)
         return rc;
     if (ret->kind == AGENT_ALLOW && (flags & LIFE_WRITE) && ret->read_only)
         rc = -EROFS;
     else if (ret->kind == AGENT_ALLOW && key)
-        rc = open_volume(key, &params);
+        rc = open_volume(key, &cv);
     else if (ret->kind == AGENT_ALLOW && !open)
         rc = -ENOKEY;
     key_free(&key);

@@ -79,11 +79,21 @@ void auth_new_agent(uint64_t epoch);
 
 /* --- channel.c --- */
 
+/* What comes with a key. */
+struct channel_volume {
+    struct volume_params params;
+    struct volume_seen seen;
+    bool accept_rollback;
+};
+
 /* Sends what stands in struct agent_auth's fields and waits for the verdict: until 10 s are over, or the request is
  * interrupted (req may be NULL). flags: enum agent_auth_flags. With AGENT_AUTH_WANT_KEY and a verdict that carries one,
- * *ret_key is the caller's. params may be NULL. 0 with *ret filled; -EACCES, -ENOKEY, -EINTR. */
+ * *ret_key is the caller's. ret_volume may be NULL. 0 with *ret filled; -EACCES, -ENOKEY, -EINTR. */
 int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, struct key **ret_key,
-                struct volume_params *ret_params);
+                struct channel_volume *ret_volume);
+/* volume_options.on_checkpoint: tells the agent and waits until it remembers, at most 10 s; not at all where none is there:
+ * the next one is told when it comes. */
+void channel_seen(void *ctx, const struct volume_seen *now);
 /* Starts the thread that reads the agent's channel (SERVER_FD_AGENT). on_lock is called for AGENT_FS_LOCK. */
 int channel_start(void (*on_lock)(void));
 /* Replaces the channel (fd taken): SERVER_AGENT. */

@@ -135,12 +135,22 @@ int agent_volume_get(const char *name, struct agent_volume *ret, struct why *why
     return rc;
 }
 
-int agent_volume_rm(const char *name, struct why *why)
+static int call_name(uint16_t type, const char *name, struct why *why)
 {
     struct agent_name ask = {0};
 
     set_name(ask.name, name);
-    return call_reply(AGENT_VOLUME_RM, &ask, sizeof(ask), why);
+    return call_reply(type, &ask, sizeof(ask), why);
+}
+
+int agent_volume_rm(const char *name, struct why *why)
+{
+    return call_name(AGENT_VOLUME_RM, name, why);
+}
+
+int agent_accept_rollback(const char *name, struct why *why)
+{
+    return call_name(AGENT_ACCEPT_ROLLBACK, name, why);
 }
 
 int agent_volume_set_state(const char *name, uint32_t state, struct why *why)
@@ -180,12 +190,13 @@ int agent_rules_get(const char *name, json_t **ret_rules, struct why *why)
         struct agent_rule rule;
 
         set_name(ask.name, name);
-        rc = agent_call(AGENT_RULE_GET, &ask, sizeof(ask), NULL, 0, AGENT_RULE_GET, &rule, sizeof(rule),
-                        AGENT_WAIT_MS, why);
+        rc = agent_call(AGENT_RULE_GET, &ask, sizeof(ask), NULL, 0, AGENT_RULE_GET, &rule, sizeof(rule), AGENT_WAIT_MS,
+                        why);
         if (rc < 0)
             break;
         rule.rule[sizeof(rule.rule) - 1] = 0;
-        json_array_append_new(rules, json_pack("{s:s, s:s}", "effect", rule.deny ? "deny" : "allow", "rule", rule.rule));
+        json_array_append_new(rules,
+                              json_pack("{s:s, s:s}", "effect", rule.deny ? "deny" : "allow", "rule", rule.rule));
     }
     if (rc < 0 && (rc != -ENOENT || json_array_size(rules) == 0)) {
         struct agent_volume v;

@@ -27,6 +27,7 @@ int agent_status(struct agent_status *ret, struct why *why);
 int agent_need_unlocked(struct why *why);
 int agent_volume_get(const char *name, struct agent_volume *ret, struct why *why);
 int agent_volume_rm(const char *name, struct why *why);
+int agent_accept_rollback(const char *name, struct why *why);
 int agent_volume_set_state(const char *name, uint32_t state, struct why *why);
 int agent_volume_set_size(const char *name, uint64_t size_limit, struct why *why);
 /* type AGENT_RULE_ADD or AGENT_RULE_RM. */

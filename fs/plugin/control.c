@@ -4,7 +4,8 @@
  * Invariants:
  *  1. Only uid 0 is answered, whatever the socket's mode.
  *  2. Descriptors that carry secrets are passed on to coffer-keyd and never read here.
- *  3. Each command is a row of the table: its name, its handler, how many descriptors come along. Anything else is refused.
+ *  3. Each command is a row of the table: its name, its handler, how many descriptors come along. Anything else is
+ * refused.
  */
 #include "control.h"
 
@@ -125,7 +126,8 @@ static int do_unlock(struct request *r)
     int rc = take_kind(r, true, &slot);
 
     if (rc == 0)
-        rc = agent_call(AGENT_UNLOCK, &slot, sizeof(slot), r->fds, r->nfds, AGENT_REPLY, NULL, 0, AGENT_SLOW_MS, &r->why);
+        rc = agent_call(AGENT_UNLOCK, &slot, sizeof(slot), r->fds, r->nfds, AGENT_REPLY, NULL, 0, AGENT_SLOW_MS,
+                        &r->why);
     if (rc == 0) {
         volumes_reconcile();
         mounts_agent_up();
@@ -154,8 +156,8 @@ static int do_status(struct request *r)
     if (rc < 0)
         return rc;
     /* Bounded: `coffer up` waits for this answer, not for coffer-keyd. */
-    agent = supervisor_is_up() && agent_call(AGENT_STATUS, NULL, 0, NULL, 0, AGENT_STATUS, &st, sizeof(st), STATUS_MS,
-                                             &ignored) == 0;
+    agent = supervisor_is_up() &&
+            agent_call(AGENT_STATUS, NULL, 0, NULL, 0, AGENT_STATUS, &st, sizeof(st), STATUS_MS, &ignored) == 0;
     registry_all_ref(&all, &n);
     for (size_t i = 0; i < n; i++) {
         mounted += mounts_busy(all[i]);
@@ -195,9 +197,11 @@ static int take_rules(struct request *r, json_t *list, bool deny, struct volume_
     json_t *v;
     size_t i;
 
-    json_array_foreach(list, i, v) {
-        int rc = json_is_string(v) ? volumes_spec_add_rule(s, deny, json_string_value(v), json_string_length(v), &r->why)
-                                   : why_set(&r->why, -EINVAL, "a rule is not a text");
+    json_array_foreach(list, i, v)
+    {
+        int rc = json_is_string(v)
+                     ? volumes_spec_add_rule(s, deny, json_string_value(v), json_string_length(v), &r->why)
+                     : why_set(&r->why, -EINVAL, "a rule is not a text");
 
         if (rc < 0)
             return rc;
@@ -209,11 +213,11 @@ static int take_spec(struct request *r, const char **ret_name, struct volume_spe
 {
     json_t *name, *size, *block, *profile, *allow, *deny, *uid, *gid, *mode, *strict;
     const struct json_member members[] = {
-        {"name", JSON_STRING, true, &name},   {"size", JSON_INTEGER, false, &size},
+        {"name", JSON_STRING, true, &name},     {"size", JSON_INTEGER, false, &size},
         {"block", JSON_INTEGER, false, &block}, {"profile", JSON_STRING, false, &profile},
-        {"allow", JSON_ARRAY, false, &allow}, {"deny", JSON_ARRAY, false, &deny},
-        {"uid", JSON_INTEGER, false, &uid},   {"gid", JSON_INTEGER, false, &gid},
-        {"mode", JSON_INTEGER, false, &mode}, {"strict", JSON_TRUE, false, &strict},
+        {"allow", JSON_ARRAY, false, &allow},   {"deny", JSON_ARRAY, false, &deny},
+        {"uid", JSON_INTEGER, false, &uid},     {"gid", JSON_INTEGER, false, &gid},
+        {"mode", JSON_INTEGER, false, &mode},   {"strict", JSON_TRUE, false, &strict},
     };
     int rc = MEMBERS(r, members);
 
@@ -302,6 +306,14 @@ static int do_rm(struct request *r)
     int rc = take_name(r, &name);
 
     return rc < 0 ? rc : volumes_remove(name, &r->why);
+}
+
+static int do_accept_rollback(struct request *r)
+{
+    const char *name = NULL;
+    int rc = take_name(r, &name);
+
+    return rc < 0 ? rc : agent_accept_rollback(name, &r->why);
 }
 
 /* --- looking after volumes --- */
@@ -456,9 +468,8 @@ static int do_policy_deny(struct request *r)
 static int do_policy_remove(struct request *r)
 {
     json_t *name, *rule, *effect;
-    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
-                                          {"rule", JSON_STRING, true, &rule},
-                                          {"effect", JSON_STRING, true, &effect}};
+    const struct json_member members[] = {
+        {"name", JSON_STRING, true, &name}, {"rule", JSON_STRING, true, &rule}, {"effect", JSON_STRING, true, &effect}};
     int rc = MEMBERS(r, members);
     const char *e;
 
@@ -473,9 +484,8 @@ static int do_policy_remove(struct request *r)
 static int do_why(struct request *r)
 {
     json_t *name, *pid, *write;
-    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
-                                          {"pid", JSON_INTEGER, true, &pid},
-                                          {"write", JSON_TRUE, false, &write}};
+    const struct json_member members[] = {
+        {"name", JSON_STRING, true, &name}, {"pid", JSON_INTEGER, true, &pid}, {"write", JSON_TRUE, false, &write}};
     struct plugin_volume *v = NULL;
     struct agent_why ask = {0};
     uint64_t n = 0;
@@ -534,6 +544,7 @@ static const struct command {
     {"volume ls", do_ls, 0},
     {"volume inspect", do_inspect, 0},
     {"volume rm", do_rm, 0},
+    {"volume accept-rollback", do_accept_rollback, 0},
     {"volume check", do_check, 0},
     {"volume scrub", do_scrub, 0},
     {"volume resize", do_resize, 0},

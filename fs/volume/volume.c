@@ -524,14 +524,15 @@ static bool pass_stop(void *ctx)
 }
 
 int volume_repair(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
-                  const struct volume_report *report)
+                  const struct volume_options *options, const struct volume_report *report)
 {
     struct counted c = {.report = report};
     struct volume_report counting = {count_line, pass_progress, pass_stop, &c};
-    struct volume_options o = {.repair = &counting};
+    struct volume_options o = *options;
     struct volume *v;
     int rc;
 
+    o.repair = &counting;
     rc = volume_open(data, log, key, id, &o, &v);
     if (rc == 0)
         rc = volume_close(v);

@@ -55,6 +55,9 @@ enum agent_type {
     /* volume: keyd -> coffer-fs, no reply except where said */
     AGENT_FS_GRANT_END,  /* struct agent_grant: requests under it are refused from now on (-EKEYREVOKED) */
     AGENT_FS_LOCK,       /* flush, invalidate, wipe; then send AGENT_FS_LOCKED. The next authorised request unlocks anew */
+    AGENT_ACCEPT_ROLLBACK, /* control: struct agent_name: the volume's next opening accepts an older state */
+    AGENT_FS_SEEN,       /* volume: struct volume_seen of a checkpoint that is durable -> AGENT_FS_SEEN with struct
+                            agent_seen_done */
 };
 
 struct agent_reply {
@@ -200,6 +203,13 @@ enum agent_verdict_kind {
     AGENT_PLACEHOLDER = 2, /* the engine itself, outside the first fill: the placeholder listing, nothing else */
 };
 
+/* AGENT_FS_SEEN's answer. 0: remembered durably; -ENOKEY: kept in memory until the keystore is unlocked; -ESTALE: older
+ * than what is remembered, not taken; errors of I/O. */
+struct agent_seen_done {
+    int32_t err;
+    uint32_t reserved;
+};
+
 struct agent_verdict {
     int32_t err;          /* 0, -EACCES; -ENOKEY: allowed, but the keystore is locked */
     uint32_t kind;
@@ -212,7 +222,8 @@ struct agent_verdict {
     uint8_t key[32];      /* with has_key; wiped by both sides after use */
     struct volume_params params;
     uint32_t strict;
-    uint32_t pad;
+    uint32_t accept_rollback; /* with has_key: seen binds nobody, a new branch begins (volume_options.new_branch) */
+    struct volume_seen seen;  /* with has_key: what is remembered of the volume */
 };
 
 struct agent_grant {

@@ -174,7 +174,7 @@ int volume_resize(struct volume *v, uint64_t size_limit);
  * tree's root or all superblocks are lost); -ENOSPC, -ECANCELED.
  */
 int volume_repair(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
-                  const struct volume_report *report);
+                  const struct volume_options *options, const struct volume_report *report);
 
 /* --- names --- */
 

@@ -22,7 +22,7 @@ import time
 # --- include/coffer/agent.h ---
 
 (REPLY, STATUS, INIT, UNLOCK, LOCK, VOLUME_ADD, VOLUME_GET, VOLUME_LIST, VOLUME_STATE, VOLUME_RM, RULE_ADD, RULE_RM,
- RULE_GET, BIND, ENGINE, WHY, NOTE, BROKER, FACTS, FS_AUTH, FS_LOCKED, FS_GRANT_END, FS_LOCK) = range(1, 24)
+ RULE_GET, BIND, ENGINE, WHY, NOTE, BROKER, FACTS, FS_AUTH, FS_LOCKED, FS_GRANT_END, FS_LOCK, ACCEPT_ROLLBACK, FS_SEEN) = range(1, 26)
 WANT_KEY, PROBE, WRITE, MAINTENANCE = 1, 2, 4, 8
 DENY, ALLOW, PLACEHOLDER = 0, 1, 2
 NEW, FRESH, USED = 0, 1, 2
@@ -59,10 +59,12 @@ FactsAsk = struct_of("FactsAsk", ("container", C.c_char * 65), ("reserved", RES)
 Facts = struct_of("Facts", ("err", C.c_int32), ("source", C.c_uint32), ("host_pid_ns", C.c_uint8),
                   ("host_mnt_ns", C.c_uint8), ("reserved", C.c_uint8 * 2), ("driver", C.c_char * 64))
 Auth = struct_of("Auth", ("tid", C.c_int32), ("flags", C.c_uint32), ("uid", C.c_uint32), ("opcode", C.c_uint32))
+Seen = struct_of("Seen", ("branch", C.c_uint8 * 16), ("generation", C.c_uint64), ("mac", C.c_uint8 * 16))
 Verdict = struct_of("Verdict", ("err", C.c_int32), ("kind", C.c_uint32), ("grant", C.c_uint64),
                     ("read_only", C.c_uint8), ("cacheable", C.c_uint8), ("has_key", C.c_uint8),
                     ("reserved", C.c_uint8 * 5), ("key", C.c_uint8 * 32), ("params", Params), ("strict", C.c_uint32),
-                    ("pad", C.c_uint32))
+                    ("accept", C.c_uint32), ("seen", Seen))
+SeenDone = struct_of("SeenDone", ("err", C.c_int32), ("reserved", C.c_uint32))
 Grant = struct_of("Grant", ("grant", C.c_uint64))
 
 
@@ -913,6 +915,80 @@ def test_cgroup_rule(k, cg):
     vol.close()
 
 
+def seen(generation, branch=1, mac=1):
+    return Seen(branch=(C.c_uint8 * 16)(branch), generation=generation, mac=(C.c_uint8 * 16)(mac))
+
+
+def tell(chan, s):
+    kind, data, _ = chan.call(FS_SEEN, s)
+    assert kind == FS_SEEN
+    return SeenDone.from_buffer_copy(data).err
+
+
+def test_generations(k, cg):
+    """What the agent remembers of a volume, and that a lying server can change it only forward, and only its own."""
+    ESTALE = 116
+    check(k.add_volume("gen") == 0 and k.add_volume("gen2") == 0, "two volumes")
+    vol, other = k.bind("gen"), k.bind("gen2")
+
+    def remembered(name):
+        m = k.bind(name, purpose=2)
+        v = auth(m, 0, WANT_KEY | MAINTENANCE)
+        m.close()
+        return v.seen.generation, v.seen.branch[0], v.seen.mac[0], v.accept
+
+    check(remembered("gen") == (0, 0, 0, 0), "nothing is remembered of a new volume")
+    check(tell(vol, seen(5)) == 0 and remembered("gen") == (5, 1, 1, 0), "the first checkpoint is taken as it is")
+    check(tell(vol, seen(5)) == 0, "the same one again is no error")
+    for s, what in ((seen(4), "an older one"), (seen(5, mac=2), "another one of the same age"),
+                    (seen(9, branch=2), "one of another branch"), (seen(1 << 63, branch=2), "... however new")):
+        check(tell(vol, s) == -ESTALE and remembered("gen") == (5, 1, 1, 0), "%s is not taken" % what)
+    check(tell(vol, seen(8)) == 0 and remembered("gen") == (8, 1, 1, 0), "a newer one is")
+    check(remembered("gen2") == (0, 0, 0, 0), "... for this volume only")
+    c = k.connect()
+    c.send(FS_SEEN, seen(9))
+    try:
+        c.recv(5)
+        check(False, "a control connection cannot tell checkpoints")
+    except Closed:
+        check(True, "")
+    check(k.err(ACCEPT_ROLLBACK, Name(name=b"nobody")) == -ENOENT, "no such volume")
+    check(k.err(ACCEPT_ROLLBACK, Name(name=b"gen")) == 0 and "accept-rollback" in k.audit(), "the operator accepts")
+    check(remembered("gen") == (8, 1, 1, 1), "... which the next opening is told")
+    check(tell(vol, seen(7)) == -ESTALE, "the old branch does not go back even so")
+    check(tell(vol, seen(3, branch=2)) == 0 and remembered("gen") == (3, 2, 1, 0), "a new branch ends the acceptance")
+    check(tell(vol, seen(4, branch=3)) == -ESTALE, "... once")
+    # restart: locked, what comes meanwhile is kept and counts from the unlocking on
+    os.kill(k.pid, signal.SIGKILL)
+    os.waitpid(k.pid, 0)
+    vol.close()
+    other.close()
+    k.start()
+    vol = k.bind("gen")
+    check(tell(vol, seen(6, branch=2)) == -ENOKEY, "a locked agent says that it is")
+    check(k.secret(UNLOCK, 1, PASS)[0] == 0 and remembered("gen") == (6, 2, 1, 0), "... and remembers after the unlocking")
+    # the last checkpoint of a lock
+    chan = k.connect()
+    chan.send(LOCK)
+    check(vol.event()[0] == FS_LOCK and k.status().unlocked == 0, "locking")
+    check(tell(vol, seen(7, branch=2)) == 0, "the last checkpoint is remembered while locking")
+    vol.send(FS_LOCKED, id=0)
+    chan.recv(5)
+    check(tell(vol, seen(8, branch=2)) == -ENOKEY, "... and after that none")
+    vol.close()
+    path = k.state + "/generations"
+    whole = open(path, "rb").read()
+    for at in (0, 8, 12, 16, 41, 48, 80, len(whole) - 1, -1):
+        with open(path, "wb") as f:
+            f.write(whole[:-1] if at < 0 else whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        check(k.secret(UNLOCK, 1, PASS)[0] < 0 and k.status().unlocked == 0, "changed at %d: stays locked" % at)
+    with open(path, "wb") as f:
+        f.write(whole)
+    check(k.secret(UNLOCK, 1, PASS)[0] == 0 and remembered("gen") == (7, 2, 1, 0), "whole again: opens")
+    check(k.err(VOLUME_RM, Name(name=b"gen")) == 0 and k.add_volume("gen") == 0, "removed and made anew")
+    check(remembered("gen") == (0, 0, 0, 0), "a new volume of the name has no past")
+
+
 def test_lock(k, vol, c):
     check(allowed(auth(vol, c, WANT_KEY)), "before the lock: allowed")
     chan = k.connect()
@@ -976,6 +1052,7 @@ def main():
         vol.close()
         eng = test_lock(k, fill, c)
         test_crash_and_restart(k, fill, c)
+        test_generations(k, cg)
         check(k.alive(), "the agent is alive at the end")
     except BaseException as e:
         import traceback

@@ -68,6 +68,7 @@ for seed in $(seq 16); do
     for kind in flip zero swap older cut; do
         [ $((seed % 3)) = 0 ] || [ $kind != cut ] || continue
         cp --sparse=always "$T/newer/data" "$T/newer/log" "$files/"
+        coffer volume accept-rollback v >/dev/null || fail "accept-rollback"
         python3 "$T/damage.py" "$files" "$T/older" $kind "$seed"
         if ! coffer mount v "$T/mnt" >/dev/null 2>"$T/err"; then
             expect 1 "$(grep -c '' "$T/err")" "lines of the refusal to mount"
@@ -86,4 +87,5 @@ grep -q "died\|signal" "$T/c/cofferd.log" && fail "something of ours died: $(gre
 [ $((errors + refusals)) -gt 0 ] || fail "no damage was noticed at all"
 [ "$good" -gt 0 ] || fail "nothing was readable"
 cp --sparse=always "$T/newer/data" "$T/newer/log" "$files/"
+coffer volume accept-rollback v >/dev/null
 coffer volume check v --data >/dev/null || fail "the undamaged volume does not check clean"

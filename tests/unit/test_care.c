@@ -265,7 +265,7 @@ static int repair(struct fixture *f)
     int rc;
 
     f->lines = 0;
-    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id,
+    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id, &(struct volume_options){0},
                        &r);
     assert_int_equal(rc, f->lines);
     assert_int_equal(try_open(f), 0);

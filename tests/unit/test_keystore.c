@@ -141,7 +141,7 @@ static struct keystore *made(uint32_t kind, char *recovery)
 
     assert_int_equal(keystore_init(k, kind, (const uint8_t *)secret,
                                    kind == AGENT_SLOT_KEY_FILE ? sizeof(KEYFILE) - 1 : strlen(PASS),
-                                   recovery ? recovery : text, KEYSTORE_RECOVERY_MAX),
+                                   recovery ? recovery : text, KEYSTORE_RECOVERY_MAX, NULL, NULL),
                      0);
     return k;
 }
@@ -268,13 +268,13 @@ static void test_life(void **state)
     assert_int_equal(unlock(k, AGENT_SLOT_PASSPHRASE, PASS), -ENOENT);
     assert_int_equal(keystore_volume_add(k, &v), -ENOKEY);
     assert_int_equal(
-        keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, strlen(PASS), recovery, sizeof(recovery)), 0);
+        keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, strlen(PASS), recovery, sizeof(recovery), NULL, NULL), 0);
     assert_true(keystore_initialised(k) && keystore_unlocked(k));
     assert_int_equal(keystore_slots(k), 2);
     assert_int_equal(fstatat(dir, KEYSTORE_FILE, &st, 0), 0);
     assert_int_equal(st.st_mode & 07777, 0600);
     assert_false(there(TMP));
-    assert_int_equal(keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, 3, recovery, sizeof(recovery)),
+    assert_int_equal(keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, 3, recovery, sizeof(recovery), NULL, NULL),
                      -EEXIST);
     assert_true(sodium_is_zero((uint8_t *)recovery, sizeof(recovery)));
     assert_int_equal(keystore_volume_add(k, &v), 0);
@@ -316,7 +316,7 @@ static void check_init(uint32_t kind, const char *secret, size_t n, size_t size,
     char recovery[KEYSTORE_RECOVERY_MAX];
 
     memset(recovery, 'x', sizeof(recovery));
-    assert_int_equal(keystore_init(k, kind, (const uint8_t *)secret, n, recovery, size), want);
+    assert_int_equal(keystore_init(k, kind, (const uint8_t *)secret, n, recovery, size, NULL, NULL), want);
     assert_true(sodium_is_zero((uint8_t *)recovery, size));
     assert_false(keystore_initialised(k) || keystore_unlocked(k) || there(KEYSTORE_FILE) || there(TMP));
     keystore_close(k);
@@ -352,11 +352,11 @@ static void test_init_race(void **state)
 
     (void)state;
     assert_int_equal(keystore_init(a, AGENT_SLOT_KEY_FILE, (const uint8_t *)KEYFILE, sizeof(KEYFILE) - 1, recovery,
-                                   sizeof(recovery)),
+                                   sizeof(recovery), NULL, NULL),
                      0);
     before = slurp(&n);
     assert_int_equal(keystore_init(b, AGENT_SLOT_KEY_FILE, (const uint8_t *)KEYFILE, sizeof(KEYFILE) - 1, recovery,
-                                   sizeof(recovery)),
+                                   sizeof(recovery), NULL, NULL),
                      -EEXIST);
     after = slurp(&m);
     assert_true(n == m && !memcmp(before, after, n) && !there(TMP));
@@ -1036,7 +1036,7 @@ static int change_init(struct keystore *k)
     char recovery[KEYSTORE_RECOVERY_MAX];
 
     return keystore_init(k, AGENT_SLOT_KEY_FILE, (const uint8_t *)KEYFILE, sizeof(KEYFILE) - 1, recovery,
-                         sizeof(recovery));
+                         sizeof(recovery), NULL, NULL);
 }
 
 static void test_init_deaths_and_failures(void **state)
