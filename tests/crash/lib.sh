@@ -102,10 +102,10 @@ power_off() {
 volume_clean() {
     echo check >"$T/orders.$lossy"
     for _ in $(seq 600); do
-        if tail -n 1 "$T/mount.out" | grep -q '^-\?[0-9]\+$'; then break; fi
+        if tail -n 1 "$T/mount.out" | grep -q '^-\?[0-9]\+$' || ! kill -0 "$mount_pid" 2>/dev/null; then break; fi
         sleep 0.1
     done
-    [ "$(tail -n 1 "$T/mount.out")" = 0 ] || fail "check: $(tail -n 5 "$T/mount.out")"
+    [ "$(tail -n 1 "$T/mount.out")" = 0 ] || fail "check: $(tail -n 5 "$T/mount.out" "$T/mount.out.err")"
     kill "$mount_pid"
     wait "$mount_pid" 2>/dev/null || true
     mount_pid=''

@@ -293,6 +293,7 @@ static bool read_control(void)
     union {
         struct agent_reply reply;
         struct server_stat stat;
+        struct server_progress progress;
     } body;
     struct msg_head head;
     int rc = msg_recv(control_fd, &head, &body, sizeof(body), NULL, NULL, 0);
@@ -314,6 +315,8 @@ static bool read_control(void)
     case SERVER_REPLY:
         printf("%d\n", body.reply.err);
         fflush(stdout);
+        break;
+    case SERVER_PROGRESS:
         break;
     case SERVER_FAILED:
     case SERVER_DAMAGE:
