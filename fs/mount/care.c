@@ -1,9 +1,9 @@
 /*
- * care.c - looking after the volume: tasks that cofferd gives the server of a mounted one, and runs of coffer-fs for one
- * that is not mounted.
+ * care.c - looking after the volume: tasks that cofferd gives the server of a mounted one, and runs of coffer-fs for
+ * one that is not mounted.
  *
- * A task uses the engine like any request (life_enter_any), but for minutes: so it looks whether the volume is being locked,
- * and gives way at once. The scrub enters anew for each of its small steps.
+ * A task uses the engine like any request (life_enter_any), but for minutes: so it looks whether the volume is being
+ * locked, and gives way at once. The scrub enters anew for each of its small steps.
  */
 #include "mount.h"
 
@@ -14,10 +14,10 @@
 
 #include "fs/base/msg.h"
 
-#define EXIT_DAMAGE     3
-#define PROGRESS_NS     250000000
-#define SCRUB_STEP_MS   250
-#define SCRUB_RATE_MIN  (64u << 10)
+#define EXIT_DAMAGE    3
+#define PROGRESS_NS    250000000
+#define SCRUB_STEP_MS  250
+#define SCRUB_RATE_MIN (64u << 10)
 
 struct run {
     uint64_t id; /* 0: not a task */
@@ -261,7 +261,7 @@ int care_run(const char *verb, const struct care_args *args)
 {
     struct run r = {0};
     struct job j = {.args = args, .report = report_of(&r)};
-    int (*run)(struct job *j) = NULL;
+    int (*run)(struct job * j) = NULL;
     int rc;
 
     for (size_t i = 0; i < ARRAY_LEN(verbs); i++)

@@ -1,16 +1,16 @@
 /*
  * recovery.c - newest valid superblock + the log's valid records = the state.
  *
- * A record is valid if and only if it authenticates at its sector in the segment of its generation, and its sequence number
- * follows that of the valid record before it. The records of the superblock's generation come first, then those of the next
- * generation (written while the next checkpoint was under way).
+ * A record is valid if and only if it authenticates at its sector in the segment of its generation, and its sequence
+ * number follows that of the valid record before it. The records of the superblock's generation come first, then those
+ * of the next generation (written while the next checkpoint was under way).
  *
  * Where the row breaks off, all sectors behind are searched too. If any record found says that the missing sequence was
- * durable, the log was damaged, not cut by a power loss, and the volume is refused. Otherwise what follows the gap is dropped:
- * it was never acknowledged as durable, and the state is a prefix of history.
+ * durable, the log was damaged, not cut by a power loss, and the volume is refused. Otherwise what follows the gap is
+ * dropped: it was never acknowledged as durable, and the state is a prefix of history.
  *
- * Extents named by records above the highest sequence whose extents are known to be durable are read; the row ends before the
- * first record that has a bad one. A bad extent below is damage: it stays, and reads of it give EIO.
+ * Extents named by records above the highest sequence whose extents are known to be durable are read; the row ends
+ * before the first record that has a bad one. A bad extent below is damage: it stays, and reads of it give EIO.
  */
 #include "fs/volume/recovery.h"
 
@@ -29,8 +29,8 @@ static bool super_sane(const struct disk_super *s)
     uint64_t limit = le64_get(s->size_limit), segment = le64_get(s->log_segment), units = le64_get(s->data_units);
 
     return le64_get(s->magic) == SUPER_MAGIC && (block == 4096 || block == 8192 || block == 16384) &&
-           limit >= VOLUME_SIZE_MIN && limit <= VOLUME_SIZE_MAX && segment >= (256u << 10) &&
-           segment <= (1ull << 30) && segment % (64u << 10) == 0 && units > 0 && units % REGION_UNITS == 0 &&
+           limit >= VOLUME_SIZE_MIN && limit <= VOLUME_SIZE_MAX && segment >= (256u << 10) && segment <= (1ull << 30) &&
+           segment % (64u << 10) == 0 && units > 0 && units % REGION_UNITS == 0 &&
            units <= VOLUME_SIZE_MAX / UNIT_BYTES && le32_get(s->root_level) <= NODE_LEVEL_MAX &&
            le32_get(s->log_segments) == LOG_SEGMENTS && le64_get(s->next_inode) > VOLUME_ROOT_INO;
 }

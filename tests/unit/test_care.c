@@ -1,6 +1,6 @@
 /*
- * test_care.c - looking after a volume: check and scrub while it is written, repair, resize. (tests/attack/tamper repairs
- * every damaged image.)
+ * test_care.c - looking after a volume: check and scrub while it is written, repair, resize. (tests/attack/tamper
+ * repairs every damaged image.)
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -16,6 +16,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #define ROOT VOLUME_ROOT_INO
 #define MIB  (1u << 20)
@@ -52,8 +53,8 @@ static int try_open(struct fixture *f)
 {
     struct volume_options o = {.cache_bytes = 1 << 20, .mount_id = 1, .on_damage = on_damage, .ctx = f};
 
-    return volume_open(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id,
-                       &o, &f->v);
+    return volume_open(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key,
+                       volume_id, &o, &f->v);
 }
 
 static int setup(void **state)
@@ -103,8 +104,8 @@ static uint64_t make(struct fixture *f, const char *name, int fill, size_t n)
     return a.ino;
 }
 
-/* The address in `data` of the last chunk before byte `to` that a flipped bit in makes fail. Finds the content by trying:
- * flips a byte of each unit until reading the file fails. */
+/* The address in `data` of the last chunk before byte `to` that a flipped bit in makes fail. Finds the content by
+ * trying: flips a byte of each unit until reading the file fails. */
 static uint64_t find_unit(struct fixture *f, uint64_t ino, uint64_t off)
 {
     uint8_t byte, buf[4096];
@@ -265,8 +266,8 @@ static int repair(struct fixture *f)
     int rc;
 
     f->lines = 0;
-    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id,
-                       &r);
+    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key,
+                       volume_id, &r);
     assert_int_equal(rc, f->lines);
     assert_int_equal(try_open(f), 0);
     f->lines = 0;
@@ -316,14 +317,16 @@ static void test_repair_content(void **state)
     assert_int_equal(volume_check(f->v, true, on_line, f), 0);
 }
 
-static int find_numbered(void *ctx, const char *name, uint64_t ino, uint32_t type, uint64_t cookie, const struct vattr *a)
+static int find_numbered(void *ctx, const char *name, uint64_t ino, uint32_t type, uint64_t cookie,
+                         const struct vattr *a)
 {
     (void)ino, (void)type, (void)cookie, (void)a;
     *(unsigned *)ctx += name[0] == '#';
     return 0;
 }
 
-/* Every node in turn: what is kept is listed, names that are lost are in lost+found, and the other repair finds nothing. */
+/* Every node in turn: what is kept is listed, names that are lost are in lost+found, and the other repair finds
+ * nothing. */
 static void test_repair_names(void **state)
 {
     struct fixture *f = *state;
@@ -407,6 +410,73 @@ static void test_resize(void **state)
     assert_int_equal(volume_check(f->v, true, on_line, f), 0);
 }
 
+/* --- giving space back --- */
+
+static uint64_t blocks_of(int fd)
+{
+    struct stat st;
+
+    assert_int_equal(fstat(fd, &st), 0);
+    return (uint64_t)st.st_blocks * 512;
+}
+
+/* On real files: what a removed file held leaves the backing file, and comes back when it is needed. */
+static void test_give_back(void **state)
+{
+    struct volume_params p = {.block_size = 4096, .size_limit = 256 << 20, .log_segment = 256 << 10, .root_mode = 0755};
+    char path[] = "care-XXXXXX", logpath[] = "care-XXXXXX";
+    int fd = mkstemp(path), logfd = mkstemp(logpath);
+    struct fixture *f = *state;
+    struct volume_options o = {.on_damage = on_damage, .ctx = f};
+    static uint8_t buf[MIB], have[MIB];
+    uint64_t full, less;
+
+    assert_true(fd >= 0 && logfd >= 0);
+    unlink(path);
+    unlink(logpath);
+    memcpy(p.id, volume_id, sizeof(p.id));
+    volume_abandon(f->v);
+    f->v = NULL;
+    assert_int_equal(volume_format(store_fd_take(dup(fd)), store_fd_take(dup(logfd)), f->key, &p), 0);
+    for (int life = 0; life < 3; life++) {
+        uint64_t ino, keep;
+
+        assert_int_equal(volume_open(store_fd_take(dup(fd)), store_fd_take(dup(logfd)), f->key, volume_id, &o, &f->v),
+                         0);
+        keep = make(f, life == 0 ? "keep0" : life == 1 ? "keep1" : "keep2", life, MIB);
+        ino = make(f, "big", 1, 1);
+        for (unsigned k = 0; k < 180; k++) {
+            memset(buf, (int)k, sizeof(buf));
+            assert_int_equal(vol_write(f->v, ino, (uint64_t)k * MIB, buf, sizeof(buf)), sizeof(buf));
+        }
+        full = blocks_of(fd);
+        assert_true(full > 180u * MIB);
+        for (unsigned k = 0; k < 180; k += 31) {
+            memset(buf, (int)k, sizeof(buf));
+            assert_int_equal(vol_read(f->v, ino, (uint64_t)k * MIB, have, sizeof(have)), sizeof(have));
+            assert_memory_equal(buf, have, sizeof(have));
+        }
+        assert_int_equal(vol_unlink(f->v, ROOT, "big"), 0);
+        vol_forget(f->v, ino, 1);
+        assert_int_equal(volume_checkpoint(f->v), 0);
+        assert_int_equal(volume_checkpoint(f->v), 0);
+        less = blocks_of(fd);
+        if (less + 100u * MIB > full)
+            print_message("life %d: %llu, then %llu\n", life, (unsigned long long)full, (unsigned long long)less);
+        assert_true(less + 100u * MIB < full);
+        assert_int_equal(vol_read(f->v, keep, 0, have, MIB), MIB);
+        assert_int_equal(have[77], life);
+        assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+        if (life == 1)
+            volume_abandon(f->v);
+        else
+            assert_int_equal(volume_close(f->v), 0);
+        f->v = NULL;
+    }
+    close(fd);
+    close(logfd);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -416,6 +486,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_repair_content, setup, teardown),
         cmocka_unit_test_setup_teardown(test_repair_names, setup, teardown),
         cmocka_unit_test_setup_teardown(test_resize, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_give_back, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

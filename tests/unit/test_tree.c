@@ -846,12 +846,14 @@ static void the_checker_refuses_bad_fields(void **state)
     assert_false(value_good(ITEM_XATTR, value, sizeof(struct disk_xattr)));
     for (uint16_t first = 0; first < 20; first++) {
         for (uint16_t count = 0; count < 20; count++) {
-            struct disk_range r = {.first = le16_make(first), .count = le16_make(count)};
+            struct disk_range r = {.extent = le64_make(7), .first = le16_make(first), .count = le16_make(count)};
 
             assert_int_equal(value_good(ITEM_RANGE, &r, sizeof(r)), count >= 1 && first + count <= 16);
+            r.extent = le64_make(EXTENT_LOST);
+            assert_int_equal(value_good(ITEM_RANGE, &r, sizeof(r)), count >= 1 && first == 0);
         }
     }
-    assert_false(value_good(ITEM_RANGE, &(struct disk_range){.first = le16_make(65535), .count = le16_make(2)},
+    assert_false(value_good(ITEM_RANGE, &(struct disk_range){.extent = le64_make(7), .first = le16_make(65535), .count = le16_make(2)},
                             sizeof(struct disk_range)));
     for (unsigned what = 0; what < 4; what++) {
         struct disk_extent *d = (struct disk_extent *)value;
