@@ -8,6 +8,7 @@
 
 #include <malloc.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -171,6 +172,7 @@ int main(int argc, char **argv)
         else
             return usage();
     }
+    signal(SIGPIPE, SIG_IGN); /* an export's reader may go away */
     /* Few arenas and no look at /sys for the number of processors, which the sandbox would refuse. */
     mallopt(M_ARENA_MAX, 4);
     rc = secmem_init();
