@@ -150,7 +150,7 @@ coffer umount "$T/m" >/dev/null
 coffer volume check care-y --data | grep -qx 'care-y: clean' || fail "check of the import"
 # A pipe whose reader is slow, and one whose reader goes away.
 coffer volume export care-y --key-file "$T/backup-key" | { sleep 1; cat; } | coffer volume verify --key-file "$T/backup-key" | grep -qx 'the export is whole' || fail "export through a pipe"
-coffer volume export care-y --key-file "$T/backup-key" 2>"$T/err" | head -c 100000 >/dev/null
+coffer volume export care-y --key-file "$T/backup-key" 2>"$T/err" | head -c 100000 >/dev/null || true
 [ "$(wc -l <"$T/err")" = 1 ] || fail "a reader that goes away: $(cat "$T/err")"
 coffer umount "$T/n" >/dev/null
 coffer volume export care-x --key-file "$T/backup-key" | coffer volume import care-z --allow uid:0 --size 256M --key-file "$T/backup-key" >/dev/null || fail "from one to the other"
