@@ -57,9 +57,9 @@ struct export_io {
  * lost in the stream, and a line. The number of lines, -EBUSY (as volume_check), -ECANCELED, or an error of write. */
 int volume_export(struct volume *v, const struct export_secret *s, const struct export_io *io,
                   const struct volume_report *report);
-/* Makes a new volume in two empty stores (closed in every case) of a stream whose head was read. Of params only id and,
- * if not 0, size_limit matter. -EBADMSG: altered or cut, at the place that line() says; -EUCLEAN: sealed so, but no
- * volume. */
+/* Makes a new volume in two empty stores (closed in every case) of a stream whose head was read. Of params id matters,
+ * and where they are not 0 size_limit, block_size (which must be the stream's: -EINVAL) and with that profile.
+ * -EBADMSG: altered or cut, at the place that line() says; -EUCLEAN: sealed so, but no volume. */
 int volume_import(struct store *data, struct store *log, const struct key *key, const struct volume_params *params,
                   const struct export_secret *s, const struct export_io *io, const struct volume_report *report);
 /* Reads it to its end and authenticates all of it. */
