@@ -1,6 +1,6 @@
 /*
- * export.c - export, import, verify. The passphrase or key file makes the key here, and only that key and the stream's head
- * go on, through a pipe; the stream itself goes between our standard input or output and coffer-fs directly.
+ * export.c - export, import, verify. The passphrase or key file makes the key here, and only that key and the stream's
+ * head go on, through a pipe; the stream itself goes between our standard input or output and coffer-fs directly.
  */
 #include "coffer/export.h"
 

@@ -1,5 +1,5 @@
 /*
- * coffer-fs.c - main: the FUSE server of one volume, or its caretaker (care.c) (coffer/server.h says how it is started).
+ * coffer-fs.c - main: the FUSE server of one volume, or its caretaker (care.c). coffer/server.h says how it is started.
  *
  * Threads: main reads cofferd's orders; one reads the agent's channel (channel.c); the loop's serve requests; `locker`
  * does what must never be done by any of them: locking waits for requests and notifies the kernel.
@@ -147,8 +147,8 @@ static int serve(void)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] [--strict] "
-                    "[--data] [--size BYTES]; started by cofferd\n");
+    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
+                    "[--strict] [--data] [--size BYTES]; started by cofferd\n");
     return 2;
 }
 
