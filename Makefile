@@ -79,7 +79,7 @@ $(BUILD)/$(1): $(call obj,$(MAIN_$(1))) $(2)
 	$$(CC) $$(CFLAGS) $$(LDFLAGS) -o $$@ $(call obj,$(MAIN_$(1))) $(2) $(3)
 endef
 L := $(BUILD)/lib
-$(eval $(call program_rule,coffer,$(L)cli.a $(L)keystore.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium libseccomp)))
+$(eval $(call program_rule,coffer,$(L)cli.a $(L)volume.a $(L)keystore.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium libseccomp)))
 $(eval $(call program_rule,cofferd,$(L)plugin.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium libmicrohttpd libcurl)))
 $(eval $(call program_rule,coffer-fs,$(L)mount.a $(L)volume.a $(L)base.a,$$$$(pkg-config --libs fuse3 libsodium libseccomp)))
 $(eval $(call program_rule,coffer-keyd,$(L)keystore.a $(L)base.a,$$$$(pkg-config --libs jansson libsodium libseccomp)))

@@ -99,6 +99,14 @@ enum cli_secret { CLI_SECRET_NEW, CLI_SECRET_ASK }; /* a new passphrase is asked
  * has *ret_n bytes. CLI_OK, or said. */
 int cli_secret_read(struct cli *c, enum cli_secret how, const char **ret_kind, char **ret_secret, size_t *ret_n);
 
+/* A pipe with the secret in it; *ret_read is its other end. 0 or -errno. */
+int cli_secret_pipe(const void *secret, size_t n, int *ret_read);
+
+/* --- volume.c --- */
+
+/* Puts --size, --block, --allow and --deny into req. CLI_OK, or said. */
+int cli_volume_options(struct cli *c, json_t *req);
+
 /* --- the handlers --- */
 
 int cli_init(struct cli *c);
@@ -114,6 +122,9 @@ int cli_volume_inspect(struct cli *c);
 int cli_volume_check(struct cli *c);
 int cli_volume_scrub(struct cli *c);
 int cli_volume_resize(struct cli *c);
+int cli_volume_export(struct cli *c); /* export.c */
+int cli_volume_import(struct cli *c);
+int cli_volume_verify(struct cli *c);
 int cli_mount(struct cli *c);
 int cli_umount(struct cli *c);
 int cli_policy_show(struct cli *c);

@@ -167,8 +167,8 @@ int cli_secret_read(struct cli *c, enum cli_secret how, const char **ret_kind, c
 
 /* --- init, unlock --- */
 
-/* A pipe with the secret in it; *ret_read is its other end. A pipe holds 64 KiB, so the write does not block. */
-static int secret_pipe(const char *secret, size_t n, int *ret_read)
+/* A pipe holds 64 KiB, so the write does not block. */
+int cli_secret_pipe(const void *secret, size_t n, int *ret_read)
 {
     int p[2], rc;
 
@@ -222,7 +222,7 @@ int cli_init(struct cli *c)
     if (rc)
         return rc;
     recovery = secmem_alloc(AGENT_SECRET_MAX);
-    if (!recovery || secret_pipe(secret, n, &fds[0]) < 0 || pipe2(out, O_CLOEXEC) < 0) {
+    if (!recovery || cli_secret_pipe(secret, n, &fds[0]) < 0 || pipe2(out, O_CLOEXEC) < 0) {
         rc = cli_fail("cannot make a pipe or lock memory: %s", strerror(errno));
         goto out;
     }
@@ -269,7 +269,7 @@ int cli_unlock(struct cli *c)
         rc = cli_secret_read(c, CLI_SECRET_ASK, &kind, &secret, &n);
     if (rc)
         return rc;
-    if (secret_pipe(secret, n, &in) < 0) {
+    if (cli_secret_pipe(secret, n, &in) < 0) {
         secmem_free(secret);
         return cli_fail("cannot make a pipe: %s", strerror(errno));
     }

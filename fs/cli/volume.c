@@ -126,18 +126,27 @@ static int add_rules(struct cli *c, json_t *req, const char *option, const char 
     return CLI_OK;
 }
 
+int cli_volume_options(struct cli *c, json_t *req)
+{
+    int rc;
+
+    if ((rc = add_number(c, req, "--size", "size", NUMBER_SIZE, INT64_MAX)) ||
+        (rc = add_number(c, req, "--block", "block", NUMBER_SIZE, UINT32_MAX)) ||
+        (rc = add_rules(c, req, "--allow", "allow")) || (rc = add_rules(c, req, "--deny", "deny")))
+        return rc;
+    return CLI_OK;
+}
+
 int cli_volume_create(struct cli *c)
 {
     const char *profile = cli_get(c, "--profile");
     json_t *req = cli_request_new(c), *answer = NULL;
     int rc;
 
-    if ((rc = add_number(c, req, "--size", "size", NUMBER_SIZE, INT64_MAX)) ||
-        (rc = add_number(c, req, "--block", "block", NUMBER_SIZE, UINT32_MAX)) ||
+    if ((rc = cli_volume_options(c, req)) ||
         (rc = add_number(c, req, "--uid", "uid", NUMBER_DECIMAL, UINT32_MAX - 1)) ||
         (rc = add_number(c, req, "--gid", "gid", NUMBER_DECIMAL, UINT32_MAX - 1)) ||
-        (rc = add_number(c, req, "--mode", "mode", NUMBER_OCTAL, 07777)) ||
-        (rc = add_rules(c, req, "--allow", "allow")) || (rc = add_rules(c, req, "--deny", "deny"))) {
+        (rc = add_number(c, req, "--mode", "mode", NUMBER_OCTAL, 07777))) {
         json_decref(req);
         return rc;
     }

@@ -1,12 +1,15 @@
 /*
- * care.c - looking after the volume: tasks that cofferd gives the server of a mounted one, and runs of coffer-fs for one
- * that is not mounted.
+ * care.c - looking after the volume: tasks that cofferd gives the server of a mounted one, and runs of coffer-fs for
+ * one that is not mounted.
  *
- * A task uses the engine like any request (life_enter_any), but for minutes: so it looks whether the volume is being locked,
- * and gives way at once. The scrub enters anew for each of its small steps.
+ * A task uses the engine like any request (life_enter_any), but for minutes: so it looks whether the volume is being
+ * locked, and gives way at once. The scrub enters anew for each of its small steps.
  */
 #include "mount.h"
 
+#include "coffer/export.h"
+
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,10 +17,10 @@
 
 #include "fs/base/msg.h"
 
-#define EXIT_DAMAGE     3
-#define PROGRESS_NS     250000000
-#define SCRUB_STEP_MS   250
-#define SCRUB_RATE_MIN  (64u << 10)
+#define EXIT_DAMAGE    3
+#define PROGRESS_NS    250000000
+#define SCRUB_STEP_MS  250
+#define SCRUB_RATE_MIN (64u << 10)
 
 struct run {
     uint64_t id; /* 0: not a task */
@@ -56,6 +59,89 @@ static bool on_stop(void *ctx)
 static struct volume_report report_of(struct run *r)
 {
     return (struct volume_report){on_line, on_progress, on_stop, r};
+}
+
+/* --- streams --- */
+
+#define PIECE   4096 /* what a pipe that polls writable takes without waiting */
+#define POLL_MS 100
+
+/* Waits until fd is ready, or the task is to stop. */
+static int wait_fd(struct run *r, int fd, short events)
+{
+    struct pollfd p = {.fd = fd, .events = events};
+
+    for (;;) {
+        if (on_stop(r))
+            return -ECANCELED;
+        if (poll(&p, 1, POLL_MS) > 0)
+            return 0;
+    }
+}
+
+static int write_stream(void *ctx, const void *buf, size_t n)
+{
+    struct run *r = ctx;
+
+    while (n) {
+        int rc = wait_fd(r, r->fds[1], POLLOUT);
+        ssize_t k = rc < 0 ? rc : write(r->fds[1], buf, MIN(n, PIECE));
+
+        if (rc < 0)
+            return rc;
+        if (k < 0 && errno != EINTR && errno != EAGAIN)
+            return -errno;
+        buf = (const uint8_t *)buf + MAX(k, 0);
+        n -= (size_t)MAX(k, 0);
+    }
+    return 0;
+}
+
+static int read_stream(void *ctx, void *buf, size_t n)
+{
+    struct run *r = ctx;
+
+    while (n) {
+        int rc = wait_fd(r, r->fds[1], POLLIN);
+        ssize_t k = rc < 0 ? rc : read(r->fds[1], buf, n);
+
+        if (rc < 0)
+            return rc;
+        if (k == 0)
+            return -ENODATA;
+        if (k < 0 && errno != EINTR && errno != EAGAIN)
+            return -errno;
+        buf = (uint8_t *)buf + MAX(k, 0);
+        n -= (size_t)MAX(k, 0);
+    }
+    return 0;
+}
+
+static int take_secret(struct run *r, struct export_secret **ret)
+{
+    struct export_secret *s = secmem_alloc(sizeof(*s));
+
+    if (!s)
+        return -ENOMEM;
+    if (read_upto(r->fds[0], s, sizeof(*s)) != (ssize_t)sizeof(*s)) {
+        secmem_free(s);
+        return -EPROTO;
+    }
+    *ret = s;
+    return 0;
+}
+
+static int export_volume(struct run *r, struct volume *v)
+{
+    struct export_io io = {.write = write_stream, .ctx = r};
+    struct volume_report report = report_of(r);
+    struct export_secret *s = NULL;
+    int rc = take_secret(r, &s);
+
+    if (rc == 0)
+        rc = volume_export(v, s, &io, &report);
+    secmem_free(s);
+    return rc;
 }
 
 /* --- the scrub --- */
@@ -122,6 +208,8 @@ static int do_task(struct run *r)
         rc = volume_check_report(v, r->task.value != 0, &report);
     else if (v && r->task.kind == TASK_RESIZE)
         rc = volume_resize(v, r->task.value);
+    else if (v && r->task.kind == TASK_EXPORT)
+        rc = export_volume(r, v);
     life_leave();
     return rc;
 }
@@ -147,7 +235,8 @@ static int start(struct run *r)
     pthread_t t;
     int rc = 0;
 
-    if (r->task.kind < TASK_CHECK || r->task.kind > TASK_RESIZE || r->nfds || r->task.reserved ||
+    if (r->task.kind < TASK_CHECK || r->task.kind > TASK_EXPORT || r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) ||
+        r->task.reserved ||
         (scrub && r->task.value < SCRUB_RATE_MIN))
         return -EINVAL;
     pthread_mutex_lock(&care_lock);
@@ -209,6 +298,7 @@ struct job {
     struct channel_volume volume;
     const struct care_args *args;
     struct volume_report report;
+    struct run *run;
 };
 
 static int run_format(struct job *j)
@@ -263,16 +353,37 @@ static int run_resize(struct job *j)
     return rc < 0 ? rc : close_volume(v, volume_resize(v, j->args->size));
 }
 
+static int run_export(struct job *j)
+{
+    struct volume *v;
+    int rc = open_volume(j, &v);
+
+    return rc < 0 ? rc : close_volume(v, export_volume(j->run, v));
+}
+
+static int run_import(struct job *j)
+{
+    struct export_io io = {.read = read_stream, .ctx = j->run};
+    struct export_secret *s = NULL;
+    int rc = take_secret(j->run, &s);
+
+    if (rc == 0)
+        rc = volume_import(j->data, j->log, j->key, &j->volume.params, s, &io, &j->report);
+    secmem_free(s);
+    return rc;
+}
+
 static const struct {
     const char *verb;
     int (*run)(struct job *j);
-} verbs[] = {{"format", run_format}, {"check", run_check}, {"repair", run_repair}, {"resize", run_resize}};
+} verbs[] = {{"format", run_format}, {"check", run_check}, {"repair", run_repair}, {"resize", run_resize},
+             {"export", run_export}, {"import", run_import}};
 
 int care_run(const char *verb, const struct care_args *args)
 {
-    struct run r = {0};
-    struct job j = {.args = args, .report = report_of(&r)};
-    int (*run)(struct job *j) = NULL;
+    struct run r = {.fds = {SERVER_FD_SECRET, SERVER_FD_STREAM}};
+    struct job j = {.args = args, .report = report_of(&r), .run = &r};
+    int (*run)(struct job * j) = NULL;
     int rc;
 
     for (size_t i = 0; i < ARRAY_LEN(verbs); i++)

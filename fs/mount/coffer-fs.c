@@ -1,5 +1,5 @@
 /*
- * coffer-fs.c - main: the FUSE server of one volume, or its caretaker (care.c) (coffer/server.h says how it is started).
+ * coffer-fs.c - main: the FUSE server of one volume, or its caretaker (care.c). coffer/server.h says how it is started.
  *
  * Threads: main reads cofferd's orders; one reads the agent's channel (channel.c); the loop's serve requests; `locker`
  * does what must never be done by any of them: locking waits for requests and notifies the kernel.
@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <malloc.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -147,8 +148,8 @@ static int serve(void)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] [--strict] "
-                    "[--data] [--size BYTES]; started by cofferd\n");
+    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
+                    "[--strict] [--data] [--size BYTES]; started by cofferd\n");
     return 2;
 }
 
@@ -175,6 +176,7 @@ int main(int argc, char **argv)
         else
             return usage();
     }
+    signal(SIGPIPE, SIG_IGN); /* an export's reader may go away */
     /* Few arenas and no look at /sys for the number of processors, which the sandbox would refuse. */
     mallopt(M_ARENA_MAX, 4);
     rc = secmem_init();

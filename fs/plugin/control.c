@@ -209,15 +209,16 @@ static int take_rules(struct request *r, json_t *list, bool deny, struct volume_
     return 0;
 }
 
-static int take_spec(struct request *r, const char **ret_name, struct volume_spec *s)
+static int take_spec(struct request *r, const char **ret_name, struct volume_spec *s, bool *ret_progress)
 {
-    json_t *name, *size, *block, *profile, *allow, *deny, *uid, *gid, *mode, *strict;
+    json_t *progress, *name, *size, *block, *profile, *allow, *deny, *uid, *gid, *mode, *strict;
     const struct json_member members[] = {
         {"name", JSON_STRING, true, &name},     {"size", JSON_INTEGER, false, &size},
         {"block", JSON_INTEGER, false, &block}, {"profile", JSON_STRING, false, &profile},
-        {"allow", JSON_ARRAY, false, &allow},   {"deny", JSON_ARRAY, false, &deny},
-        {"uid", JSON_INTEGER, false, &uid},     {"gid", JSON_INTEGER, false, &gid},
-        {"mode", JSON_INTEGER, false, &mode},   {"strict", JSON_TRUE, false, &strict},
+        {"allow", JSON_ARRAY, false, &allow}, {"deny", JSON_ARRAY, false, &deny},
+        {"uid", JSON_INTEGER, false, &uid},   {"gid", JSON_INTEGER, false, &gid},
+        {"mode", JSON_INTEGER, false, &mode}, {"strict", JSON_TRUE, false, &strict},
+        {"progress", JSON_TRUE, false, &progress},
     };
     int rc = MEMBERS(r, members);
 
@@ -225,6 +226,7 @@ static int take_spec(struct request *r, const char **ret_name, struct volume_spe
         return rc;
     *ret_name = json_string_value(name);
     s->strict = json_is_true(strict);
+    *ret_progress = json_is_true(progress);
     if (profile && !strcmp(json_string_value(profile), "database"))
         s->profile = VOLUME_PROFILE_DATABASE;
     else if (profile && strcmp(json_string_value(profile), "general") != 0)
@@ -252,20 +254,44 @@ static int put_volume(struct request *r, const char *name)
     return 0;
 }
 
-static int do_create(struct request *r)
+static void send_progress(void *ctx, uint64_t done, uint64_t total)
 {
+    send_json(((struct request *)ctx)->sock,
+              json_pack("{s:{s:I, s:I}}", "progress", "done", (json_int_t)done, "total", (json_int_t)total));
+}
+
+static int create(struct request *r, struct volume_import *import)
+{
+    struct fsproc_sink sink = {send_line, NULL, r};
     struct volume_spec spec;
     const char *name = NULL;
+    bool progress = false;
     int rc;
 
     volumes_spec_init(&spec);
-    rc = take_spec(r, &name, &spec);
+    rc = take_spec(r, &name, &spec, &progress);
+    if (progress)
+        sink.progress = send_progress;
+    if (import)
+        import->sink = &sink;
     if (rc == 0)
-        rc = volumes_create(name, &spec, false, &r->why);
+        rc = volumes_create(name, &spec, false, import, &r->why);
     if (rc == 0)
         rc = put_volume(r, name);
     volume_spec_clear(&spec);
     return rc;
+}
+
+static int do_create(struct request *r)
+{
+    return create(r, NULL);
+}
+
+static int do_import(struct request *r)
+{
+    struct volume_import import = {.fds = {r->fds[0], r->fds[1]}};
+
+    return create(r, &import);
 }
 
 static int do_ls(struct request *r)
@@ -318,12 +344,6 @@ static int do_accept_rollback(struct request *r)
 
 /* --- looking after volumes --- */
 
-static void send_progress(void *ctx, uint64_t done, uint64_t total)
-{
-    send_json(((struct request *)ctx)->sock,
-              json_pack("{s:{s:I, s:I}}", "progress", "done", (json_int_t)done, "total", (json_int_t)total));
-}
-
 static int do_check(struct request *r)
 {
     json_t *name, *data, *mend, *progress;
@@ -342,6 +362,27 @@ static int do_check(struct request *r)
     rc = take_volume(r, name, &v);
     if (rc == 0)
         rc = json_is_true(mend) ? volumes_repair(v, &sink, &r->why) : volumes_check(v, json_is_true(data), &sink, &r->why);
+    registry_unref(v);
+    if (rc >= 0)
+        r->out = json_pack("{s:i}", "findings", rc);
+    return rc;
+}
+
+static int do_export(struct request *r)
+{
+    json_t *name, *progress;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"progress", JSON_TRUE, false, &progress}};
+    struct fsproc_sink sink = {send_line, NULL, r};
+    struct plugin_volume *v = NULL;
+    int rc = MEMBERS(r, members);
+
+    if (rc < 0)
+        return rc;
+    if (json_is_true(progress))
+        sink.progress = send_progress;
+    rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = volumes_export(v, r->fds, &sink, &r->why);
     registry_unref(v);
     if (rc >= 0)
         r->out = json_pack("{s:i}", "findings", rc);
@@ -548,6 +589,8 @@ static const struct command {
     {"volume check", do_check, 0},
     {"volume scrub", do_scrub, 0},
     {"volume resize", do_resize, 0},
+    {"volume export", do_export, 2},
+    {"volume import", do_import, 2},
     {"mount", do_mount, 0},
     {"umount", do_umount, 0},
     {"policy show", do_policy_show, 0},

@@ -94,7 +94,7 @@ static int call_create(struct call *c)
         return rc;
     rc = volumes_spec_from_options(json_object_get(c->request, "Opts"), &spec, &c->why);
     if (rc == 0)
-        rc = volumes_create(name, &spec, true, &c->why);
+        rc = volumes_create(name, &spec, true, NULL, &c->why);
     volume_spec_clear(&spec);
     return rc;
 }

@@ -393,7 +393,8 @@ static int add_record(struct plugin_volume *v, const struct volume_spec *s, bool
     return rc;
 }
 
-static int format(struct plugin_volume *v, struct why *why)
+/* Empty, or with an import's content. */
+static int format(struct plugin_volume *v, const struct volume_import *import, struct why *why)
 {
     int data = -1, log = -1, agent = -1, rc;
 
@@ -401,7 +402,9 @@ static int format(struct plugin_volume *v, struct why *why)
     if (rc == 0)
         rc = agent_bind(v->name, AGENT_PURPOSE_FORMAT, &agent, why);
     if (rc == 0)
-        rc = fsproc_run("format", v->name, NULL, NULL, (const int[]){agent, data, log}, 3, NULL, why);
+        rc = import ? fsproc_run("import", v->name, NULL, NULL,
+                                 (const int[]){agent, data, log, import->fds[0], import->fds[1]}, 5, import->sink, why)
+                    : fsproc_run("format", v->name, NULL, NULL, (const int[]){agent, data, log}, 3, NULL, why);
     close_quiet(data);
     close_quiet(log);
     close_quiet(agent);
@@ -420,7 +423,8 @@ static void roll_back(struct plugin_volume *v)
         log_err("volume %s: its files are not removed: %s", v->name, strerror(-rc));
 }
 
-static int make(struct plugin_volume *v, const struct volume_spec *s, bool engine, struct why *why)
+static int make(struct plugin_volume *v, const struct volume_spec *s, bool engine, const struct volume_import *import,
+                struct why *why)
 {
     struct agent_volume av = {0};
     json_t *rules = NULL;
@@ -438,7 +442,7 @@ static int make(struct plugin_volume *v, const struct volume_spec *s, bool engin
             why_set(why, rc, "cannot make the volume's files in %s/volumes: %s", plugin_config.state_dir, strerror(-rc));
     }
     if (rc == 0)
-        rc = format(v, why);
+        rc = format(v, import, why);
     if (rc == 0)
         rc = agent_rules_get(v->name, &rules, why);
     if (rc == 0)
@@ -459,7 +463,8 @@ static int make(struct plugin_volume *v, const struct volume_spec *s, bool engin
 }
 
 /* op_lock held. */
-static int create_locked(struct plugin_volume *v, const struct volume_spec *s, bool engine, struct why *why)
+static int create_locked(struct plugin_volume *v, const struct volume_spec *s, bool engine,
+                         const struct volume_import *import, struct why *why)
 {
     struct agent_volume av;
     int rc = 0;
@@ -470,19 +475,19 @@ static int create_locked(struct plugin_volume *v, const struct volume_spec *s, b
             return rc;
         rc = agent_volume_get(v->name, &av, why);
         if (rc == -ENOENT)
-            return make(v, s, engine, why);
+            return make(v, s, engine, import, why);
         if (rc == 0 && av.state == AGENT_VOLUME_NEW) {
             take_record(v, &av);
             log_info("volume %s: what a broken-off create left is removed", v->name);
             roll_back(v);
-            return make(v, s, engine, why);
+            return make(v, s, engine, import, why);
         }
         if (rc == 0)
             rc = take_over(v, &av, why);
         if (rc < 0)
             return rc;
     }
-    if (!engine)
+    if (!engine || import)
         return why_set(why, -EEXIST, "volume %s exists already", v->name);
     if (!same_as_existing(v, s))
         return why_set(why, -EEXIST, "volume %s exists already with other options", v->name);
@@ -497,7 +502,8 @@ static int check_name(const char *name, struct why *why)
                    "letter or digit", VOLUME_NAME_MAX);
 }
 
-int volumes_create(const char *name, const struct volume_spec *s, bool engine, struct why *why)
+int volumes_create(const char *name, const struct volume_spec *s, bool engine, const struct volume_import *import,
+                   struct why *why)
 {
     struct plugin_volume *v = NULL;
     int rc = check_name(name, why);
@@ -508,7 +514,7 @@ int volumes_create(const char *name, const struct volume_spec *s, bool engine, s
     if (mutex_lock_for(&v->op_lock, MOUNTS_PATIENCE_MS) < 0) {
         rc = why_set(why, -EBUSY, "volume %s is busy with another operation: try again later", name);
     } else {
-        rc = create_locked(v, s, engine, why);
+        rc = create_locked(v, s, engine, import, why);
         pthread_mutex_unlock(&v->op_lock);
     }
     registry_unref(v);
@@ -674,6 +680,14 @@ int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why)
     pthread_mutex_unlock(&registry_lock);
     rc = registry_save();
     return rc < 0 ? why_set(why, rc, "it is done, but the state file cannot be written: %s", strerror(-rc)) : 0;
+}
+
+int volumes_export(struct plugin_volume *v, const int fds[2], const struct fsproc_sink *sink, struct why *why)
+{
+    const struct care c = {.verb = "export", .task = TASK_EXPORT, .fds = fds, .nfds = 2};
+
+    agent_note(v->name, "export", "the operator exports the volume");
+    return care(v, &c, sink, why);
 }
 
 /* --- the keystore's view --- */

@@ -21,9 +21,15 @@ int volumes_spec_add_rule(struct volume_spec *s, bool deny, const char *rule, si
 
 /* --- life --- */
 
-/* Makes the volume (the spec stays the caller's). engine: asked by a container engine; then a volume that exists with an
+struct volume_import {
+    int fds[2]; /* secret, stream */
+    const struct fsproc_sink *sink;
+};
+
+/* Makes the volume, with an import's content where there is one (the spec stays the caller's). engine: asked by a container engine; then a volume that exists with an
  * equal spec is success. -EEXIST. Repairs what a crash in an earlier create left. */
-int volumes_create(const char *name, const struct volume_spec *s, bool engine, struct why *why);
+int volumes_create(const char *name, const struct volume_spec *s, bool engine, const struct volume_import *import,
+                   struct why *why);
 /* Destroys the key, then the files. -EBUSY while it is mounted or held; -ENOENT. */
 int volumes_remove(const char *name, struct why *why);
 /* Checks it, mounted or not; the sink gets the findings. Returns their number. */
@@ -32,6 +38,8 @@ int volumes_check(struct plugin_volume *v, bool data, const struct fsproc_sink *
 int volumes_repair(struct plugin_volume *v, const struct fsproc_sink *sink, struct why *why);
 /* Starts a scrub in the server of a mounted volume, at so many bytes a second. */
 int volumes_scrub(struct plugin_volume *v, uint64_t rate, struct why *why);
+/* Writes it into a stream; fds: secret, stream. The sink gets what cannot be read; its number. */
+int volumes_export(struct plugin_volume *v, const int fds[2], const struct fsproc_sink *sink, struct why *why);
 /* Changes its limit, mounted or not. */
 int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why);
 /* Takes over from an unlocked keystore: volumes that the table lost, and whether each is fresh or used. */

@@ -44,7 +44,7 @@ struct check {
     uint64_t nunits, seen_units;
     uint64_t leaked, missing, first_leaked, first_missing; /* of the bitmaps */
     uint64_t regions;
-    uint64_t done;  /* bytes of content read */
+    uint64_t done; /* bytes of content read */
 };
 
 __attribute__((format(printf, 2, 3))) static void finding(struct check *c, const char *fmt, ...)

@@ -2,12 +2,13 @@
  * repair.c - makes a damaged volume whole again, out of what authenticates and nothing else. Runs inside volume_open,
  * before anybody else can see the volume.
  *
- * 1. Nodes of the newest superblock's tree that cannot be opened are replaced by empty ones (tree_prune). Which keys they
- *    held is remembered. The bitmaps are made anew from what is reachable.
+ * 1. Nodes of the newest superblock's tree that cannot be opened are replaced by empty ones (tree_prune). Which keys
+ * they held is remembered. The bitmaps are made anew from what is reachable.
  * 2. The log is replayed onto that. Where a durable record is damaged, it and what follows are dropped.
- * 3. Items are held against each other, kind by kind, and changed in memory: what belongs to a missing inode goes; entries
- *    of missing inodes go; inodes without a name are put into /lost+found; counts are made to agree.
- * 4. Blocks whose content or whose place is lost become ranges of EXTENT_LOST, so that reading them is an error, not zeroes.
+ * 3. Items are held against each other, kind by kind, and changed in memory: what belongs to a missing inode goes;
+ * entries of missing inodes go; inodes without a name are put into /lost+found; counts are made to agree.
+ * 4. Blocks whose content or whose place is lost become ranges of EXTENT_LOST, so that reading them is an error, not
+ * zeroes.
  * 5. One checkpoint makes all of it durable at once: until then the files are as they were.
  *
  * Nothing is invented, with two exceptions, both reported: a root directory (0700, root) where that inode is lost, and
@@ -23,7 +24,7 @@
 
 struct fixed_inode {
     uint64_t ino;
-    struct inode i;      /* as the item has it */
+    struct inode i; /* as the item has it */
     uint64_t blocks, entries, named_by, next_block;
     uint32_t names, subdirs, xattrs;
     uint16_t inline_len;
@@ -89,9 +90,10 @@ static void key_step(struct tree_key *k)
         k->a++;
 }
 
-/* Calls fn for each item of a kind; fn may change the tree: the value is a copy. Where fn returns n > 0, n keys are done. */
-static int each(struct repair *r, enum item_kind kind, int (*fn)(struct repair *r, const struct tree_key *key,
-                                                                const uint8_t *value, size_t len))
+/* Calls fn for each item of a kind; fn may change the tree: the value is a copy. Where fn returns n > 0, n keys are
+ * done. */
+static int each(struct repair *r, enum item_kind kind,
+                int (*fn)(struct repair *r, const struct tree_key *key, const uint8_t *value, size_t len))
 {
     struct tree_key at = tree_key(kind, 0, 0), key;
     uint8_t copy[ITEM_VALUE_MAX];
@@ -137,7 +139,6 @@ static struct fixed_inode *inode_of(struct repair *r, uint64_t ino)
 }
 
 /* --- 1: what is reachable --- */
-
 
 static void on_lost(void *ctx, uint64_t addr, unsigned level, const struct tree_key *lo, const struct tree_key *hi)
 {
@@ -271,8 +272,15 @@ static int see_inode(struct repair *r, const struct tree_key *key, const uint8_t
 static int make_root(struct repair *r)
 {
     int64_t now = now_ns();
-    struct inode root = {.ino = VOLUME_ROOT_INO, .mode = S_IFDIR | 0700, .nlink = 2, .atime = now, .mtime = now,
-                         .ctime = now, .btime = now, .parent = VOLUME_ROOT_INO, .generation = 1};
+    struct inode root = {.ino = VOLUME_ROOT_INO,
+                         .mode = S_IFDIR | 0700,
+                         .nlink = 2,
+                         .atime = now,
+                         .mtime = now,
+                         .ctime = now,
+                         .btime = now,
+                         .parent = VOLUME_ROOT_INO,
+                         .generation = 1};
     struct tree_key key = tree_key(ITEM_INODE, VOLUME_ROOT_INO, 0);
     struct disk_inode value;
     const uint8_t *old;
@@ -536,8 +544,8 @@ static int put_entry(struct repair *r, struct fixed_inode *dir, const char *name
     struct {
         struct disk_dirent d;
         char name[32];
-    } value = {.d = {.ino = le64_make(i->ino), .type = (uint8_t)((i->mode & S_IFMT) >> 12),
-                     .namelen = (uint8_t)strlen(name)}};
+    } value = {
+        .d = {.ino = le64_make(i->ino), .type = (uint8_t)((i->mode & S_IFMT) >> 12), .namelen = (uint8_t)strlen(name)}};
     struct tree_key key;
     int rc = names_free_key(r->v, ITEM_DIRENT, dir->ino, name, strlen(name), &key);
 
@@ -571,8 +579,8 @@ static int need_lost_found(struct repair *r)
         struct disk_dirent *d;
         uint8_t value[512];
         struct tree_key key;
-        ssize_t len = names_find(r->v, ITEM_DIRENT, VOLUME_ROOT_INO, name, strlen(name), entry_is, &key, value,
-                                 sizeof(value));
+        ssize_t len =
+            names_find(r->v, ITEM_DIRENT, VOLUME_ROOT_INO, name, strlen(name), entry_is, &key, value, sizeof(value));
         int rc;
 
         if (len < 0 && len != -ENOENT)
@@ -581,8 +589,14 @@ static int need_lost_found(struct repair *r)
             f = table_add(&r->inodes);
             root = table_find(&r->inodes, VOLUME_ROOT_INO);
             f->ino = r->v->next_inode++;
-            f->i = (struct inode){.ino = f->ino, .mode = S_IFDIR | 0700, .nlink = 2, .atime = now, .mtime = now,
-                                  .ctime = now, .btime = now, .parent = VOLUME_ROOT_INO,
+            f->i = (struct inode){.ino = f->ino,
+                                  .mode = S_IFDIR | 0700,
+                                  .nlink = 2,
+                                  .atime = now,
+                                  .mtime = now,
+                                  .ctime = now,
+                                  .btime = now,
+                                  .parent = VOLUME_ROOT_INO,
                                   .generation = r->v->generation};
             f->names = 1;
             f->named_by = VOLUME_ROOT_INO;

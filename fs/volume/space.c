@@ -3,10 +3,14 @@
  *
  * Invariants, under the mutex:
  *  1. free_units = number of units with neither bit set, over all regions; region->free is its share.
- *  2. used + inflight + the released runs' units + free_units = regions * REGION_UNITS.
+ *  2. used + inflight + the released runs' units + free_units + punched * CHUNK_UNITS = regions * REGION_UNITS (but for
+ *     chunks that are just being punched).
  *  3. run_hint of a region is never below its longest free run.
  *  4. a region whose used bits differ from its SPACE item has dirty set; `dirty` counts these.
- *  5. whole = number of groups (NODE_UNITS units at a multiple of that) of which all units are free; region->whole is
+ *  5. a chunk (CHUNK_UNITS, aligned) whose bit in region->punched is set has no blocks in the backing file, or perhaps
+ * none: its units are busy. When space is short it is allocated again (restore), before `data` is made longer. Chunks
+ * that became free are punched when much more than the reserve is free, so that the reserve always has its blocks.
+ *  6. whole = number of groups (NODE_UNITS units at a multiple of that) of which all units are free; region->whole is
  * its share. Nodes are put into whole groups. The reserve is whole groups: free units in smaller pieces are for data
  * only, or a volume that is full of single blocks could not write the checkpoint that it needs to delete one.
  */
@@ -20,6 +24,7 @@ struct region {
     uint32_t free;
     uint32_t whole;
     uint32_t run_hint;
+    uint64_t punched; /* a bit a chunk */
     bool dirty;
 };
 
@@ -39,6 +44,9 @@ struct space {
     uint64_t regions, regions_max;
     uint64_t limit, reserve;
     uint64_t used, inflight, free_units, whole, dirty;
+    uint64_t punched;     /* chunks */
+    uint64_t grown;       /* the region that grow() gave space in */
+    bool keep;            /* the backing file takes no holes */
     uint64_t cursor;      /* where the search for data goes on */
     uint64_t node_cursor; /* a region that had room for nodes */
     uint64_t hold;        /* names the holds of this time */
@@ -48,6 +56,10 @@ struct space {
 
 #define WORDS      (REGION_UNITS / 64)
 #define HOLD_UNITS 2048 /* free space at which holds end */
+
+#define CHUNK_UNITS 256u  /* 1 MiB: what is punched at once */
+#define KEEP_UNITS  4096u /* free space besides the reserve that is not punched */
+_Static_assert(REGION_UNITS / CHUNK_UNITS == 64, "region->punched");
 
 /* --- bits --- */
 
@@ -220,7 +232,7 @@ void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[RE
 
 /* --- allocation --- */
 
-static int grow(struct space *s)
+static int grow_file(struct space *s)
 {
     int rc;
 
@@ -229,8 +241,41 @@ static int grow(struct space *s)
     rc = s->data->ops->grow(s->data, (s->regions + 1) * REGION_BYTES);
     if (rc < 0)
         return rc == -EDQUOT || rc == -EFBIG ? -ENOSPC : rc;
+    s->grown = s->regions;
     add_region(s);
     return 0;
+}
+
+static void make_free(struct space *s, uint64_t addr, uint64_t units);
+
+/* Gives a punched chunk its blocks back. */
+static int restore(struct space *s)
+{
+    uint64_t k = s->cursor / REGION_UNITS, addr;
+    int rc;
+
+    while (!s->region[k % s->regions].punched)
+        k++;
+    k %= s->regions;
+    addr = k * REGION_UNITS + (uint64_t)__builtin_ctzll(s->region[k].punched) * CHUNK_UNITS;
+    rc = s->data->ops->allocate(s->data, addr * UNIT_BYTES, CHUNK_UNITS * UNIT_BYTES);
+    if (rc < 0)
+        return rc == -EDQUOT || rc == -EFBIG ? -ENOSPC : rc;
+    s->region[k].punched &= s->region[k].punched - 1;
+    s->punched--;
+    make_free(s, addr, CHUNK_UNITS);
+    s->grown = k;
+    return 0;
+}
+
+static bool can_grow(const struct space *s)
+{
+    return s->punched || s->regions < s->regions_max;
+}
+
+static int grow(struct space *s)
+{
+    return s->punched ? restore(s) : grow_file(s);
 }
 
 static void take(struct space *s, struct region *r, uint32_t at, uint32_t n, uint64_t *map)
@@ -336,7 +381,7 @@ int64_t space_alloc(struct space *s, uint64_t most, uint64_t want, uint64_t step
         if (s->free_units >= want + reserve && may_break(s, want, from_reserve)) {
             if (find_full(s, (uint32_t)want, &region, &at))
                 got = (uint32_t)want;
-            if (got || s->regions >= s->regions_max)
+            if (got || !can_grow(s))
                 break;
         }
         rc = grow(s);
@@ -404,7 +449,7 @@ int space_commit(struct space *s, uint64_t addr, uint64_t units)
     while (addr / REGION_UNITS >= s->regions && s->regions < s->regions_max) {
         if (s->data->ops->size(s->data) >= (int64_t)((s->regions + 1) * REGION_BYTES))
             add_region(s);
-        else if (grow(s) < 0)
+        else if (grow_file(s) < 0)
             break;
     }
     r = region_of(s, addr, units);
@@ -494,7 +539,7 @@ int space_alloc_node(struct space *s, uint64_t *ret_addr)
         }
     }
     rc = grow(s);
-    if (rc == 0 && !take_node(s, s->regions - 1, ret_addr))
+    if (rc == 0 && !take_node(s, s->grown, ret_addr))
         rc = -ENOSPC;
 out:
     pthread_mutex_unlock(&s->mutex);
@@ -511,7 +556,7 @@ bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes)
     nodes += MIN(units, 8 * NODE_UNITS); /* more is for data */
     pthread_mutex_lock(&s->mutex);
     ok = s->used + s->inflight + need <= s->limit;
-    while (ok && (s->free_units < need || s->whole * NODE_UNITS < nodes) && s->regions < s->regions_max)
+    while (ok && (s->free_units < need || s->whole * NODE_UNITS < nodes) && can_grow(s))
         ok = grow(s) == 0;
     ok = ok && s->free_units >= need && s->whole * NODE_UNITS >= nodes;
     pthread_mutex_unlock(&s->mutex);
@@ -619,14 +664,85 @@ static bool roomy(struct space *s)
 {
     uint64_t keep = 2 * s->reserve + HOLD_UNITS;
 
-    while ((s->free_units < keep || s->whole * NODE_UNITS < keep) && s->regions < s->regions_max)
+    while ((s->free_units < keep || s->whole * NODE_UNITS < keep) && can_grow(s))
         if (grow(s) < 0)
             break;
     return s->free_units >= keep && s->whole * NODE_UNITS >= keep;
 }
 
+/* --- giving back --- */
+
+static bool chunk_free(const struct region *r, uint32_t chunk)
+{
+    const uint32_t words = CHUNK_UNITS / 64;
+
+    for (uint32_t w = chunk * words; w < (chunk + 1) * words; w++)
+        if (r->used[w] | r->busy[w])
+            return false;
+    return true;
+}
+
+static bool spare(const struct space *s)
+{
+    uint64_t keep = 2 * s->reserve + KEEP_UNITS + CHUNK_UNITS;
+
+    return s->free_units >= keep && s->whole * NODE_UNITS >= keep;
+}
+
+/* A free chunk becomes busy, as punched ones are. */
+static void chunk_take(struct space *s, uint64_t k, uint32_t chunk)
+{
+    take(s, &s->region[k], chunk * CHUNK_UNITS, CHUNK_UNITS, s->region[k].busy);
+}
+
+void space_ready(struct space *s)
+{
+    if (!s->data->ops->allocate)
+        return;
+    pthread_mutex_lock(&s->mutex);
+    for (uint64_t k = 0; k < s->regions; k++)
+        for (uint32_t chunk = 0; chunk < 64; chunk++) {
+            if (!chunk_free(&s->region[k], chunk))
+                continue;
+            chunk_take(s, k, chunk);
+            s->region[k].punched |= 1ull << chunk;
+            s->punched++;
+        }
+    while (!spare(s) && s->punched)
+        if (restore(s) < 0)
+            break;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+/* [mutex, dropped while punching] The chunks of a run that has become free. */
+static void give_back(struct space *s, const struct run *run)
+{
+    uint64_t first = run->addr / CHUNK_UNITS, last = (run->addr + run->units - 1) / CHUNK_UNITS;
+
+    for (uint64_t c = first; c <= last && !s->keep && spare(s); c++) {
+        uint64_t k = c / 64;
+        int rc;
+
+        if (!chunk_free(&s->region[k], c % 64))
+            continue;
+        chunk_take(s, k, c % 64);
+        pthread_mutex_unlock(&s->mutex);
+        rc = s->data->ops->punch(s->data, c * CHUNK_UNITS * UNIT_BYTES, CHUNK_UNITS * UNIT_BYTES);
+        pthread_mutex_lock(&s->mutex);
+        if (rc < 0) {
+            s->keep = true;
+            make_free(s, c * CHUNK_UNITS, CHUNK_UNITS);
+            continue;
+        }
+        s->region[k].punched |= 1ull << (c % 64);
+        s->punched++;
+    }
+}
+
 void space_thaw(struct space *s)
 {
+    struct run_list freed;
+
     pthread_mutex_lock(&s->mutex);
     if (s->holds && roomy(s)) {
         pthread_mutex_unlock(&s->mutex);
@@ -638,7 +754,11 @@ void space_thaw(struct space *s)
     }
     for (size_t i = 0; i < s->frozen.n; i++)
         make_free(s, s->frozen.run[i].addr, s->frozen.run[i].units);
-    s->frozen.n = 0;
+    freed = s->frozen;
+    s->frozen = (struct run_list){0};
+    for (size_t i = 0; i < freed.n && s->data->ops->allocate; i++)
+        give_back(s, &freed.run[i]);
+    free(freed.run);
     pthread_mutex_unlock(&s->mutex);
 }
 

@@ -1,9 +1,9 @@
 /*
  * space.h - which units of `data` are used.
  *
- * Two bits a unit: used (the committed state, what SPACE items will hold) and busy (handed out by space_alloc but not yet
- * committed, or freed but not yet free in a durable checkpoint). A unit is given out only when both are 0. So the used bits
- * are at every instant exactly what the tree and the logged records reference.
+ * Two bits a unit: used (the committed state, what SPACE items will hold) and busy (handed out by space_alloc but not
+ * yet committed, or freed but not yet free in a durable checkpoint). A unit is given out only when both are 0. So the
+ * used bits are at every instant exactly what the tree and the logged records reference.
  *
  *            space_alloc        space_commit       space_release        space_thaw
  *   free ---------------> busy -------------> used -------------> busy -------------> free
@@ -17,8 +17,8 @@
 
 #include "fs/volume/state.h"
 
-/* Space of a volume of `regions` regions with no unit used; limit_units bounds what is used, reserve_units of it are kept for
- * checkpoints, deletes and truncates. */
+/* Space of a volume of `regions` regions with no unit used; limit_units bounds what is used, reserve_units of it are
+ * kept for checkpoints, deletes and truncates. */
 struct space *space_new(struct store *data, uint64_t regions, uint64_t limit_units, uint64_t reserve_units);
 void space_free(struct space *s);
 
@@ -27,6 +27,10 @@ int space_set_limit(struct space *s, uint64_t limit_units, uint64_t reserve_unit
 
 /* Takes over a SPACE item when a volume is opened. */
 void space_load_region(struct space *s, uint64_t region, const uint8_t bitmap[REGION_UNITS / 8]);
+
+/* After the last space_load_region and the replay of the log: free chunks may have been punched in an earlier life, so
+ * they are allocated again before use, as many as the reserve needs at once. */
+void space_ready(struct space *s);
 
 /*
  * Finds a run of `most` units, or else one of `want`, or else the longest shorter one that is a multiple of `step`, and makes it
@@ -39,11 +43,12 @@ void space_cancel(struct space *s, uint64_t addr, uint64_t units);
 int space_commit(struct space *s, uint64_t addr, uint64_t units);
 /* used -> busy until space_thaw. -EUCLEAN when it is not used. */
 int space_release(struct space *s, uint64_t addr, uint64_t units);
-/* Checkpoint only, from the reserve too: units for a node, used at once; from regions that are dirty already if possible. */
+/* Checkpoint only, from the reserve too: units for a node, used at once; from regions that are dirty already if
+ * possible. */
 int space_alloc_node(struct space *s, uint64_t *ret_addr);
 
-/* Is there room for an operation that adds `units`, with dirty_nodes still to be placed, besides the reserve? Nodes need whole
- * groups (space.c). */
+/* Is there room for an operation that adds `units`, with dirty_nodes still to be placed, besides the reserve? Nodes
+ * need whole groups (space.c). */
 bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
 /* Regions whose bitmap the next checkpoint writes. */
 uint64_t space_dirty_regions(struct space *s);
@@ -56,7 +61,8 @@ void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64
 
 /* --- checkpoint --- */
 
-/* The next region whose bits changed since its item was last taken (space_region_bitmap), at or above from; -1: none. */
+/* The next region whose bits changed since its item was last taken (space_region_bitmap), at or above from; -1: none.
+ */
 int64_t space_next_dirty(struct space *s, uint64_t from);
 /* Copies a region's used bits and makes it clean. */
 void space_take_bitmap(struct space *s, uint64_t region, uint8_t bitmap[REGION_UNITS / 8]);

@@ -117,6 +117,16 @@ static int fd_punch(struct store *s, uint64_t off, uint64_t len)
     return r < 0 ? -errno : 0;
 }
 
+static int fd_allocate(struct store *s, uint64_t off, uint64_t len)
+{
+    int r;
+
+    do
+        r = fallocate(fd_of(s), FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : 0;
+}
+
 static int64_t fd_size(struct store *s)
 {
     struct stat st;
@@ -176,6 +186,7 @@ static const struct store_ops fd_ops = {
     .sync = fd_sync,
     .writeback = fd_writeback,
     .punch = fd_punch,
+    .allocate = fd_allocate,
     .grow = fd_grow,
     .size = fd_size,
     .drop = fd_drop,

@@ -16,8 +16,8 @@ static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint
 
     /* A node that another one was written over is no damage. */
     if (rc < 0 && !w->quiet && !view_stale(w))
-        volume_damage(w->v, "data: tree node at unit %llu (level %u) %s", (unsigned long long)le64_get(ptr->addr), level,
-                      rc == -EBADMSG ? "does not authenticate" : "cannot be read");
+        volume_damage(w->v, "data: tree node at unit %llu (level %u) %s", (unsigned long long)le64_get(ptr->addr),
+                      level, rc == -EBADMSG ? "does not authenticate" : "cannot be read");
     return rc < 0 ? -EIO : 0;
 }
 
@@ -163,8 +163,7 @@ int view_check_super(struct view *w, void (*line)(void *ctx, const char *text), 
         char text[128];
 
         if (v->data->ops->readv(v->data, &iov, 1, unit * UNIT_BYTES) == 0 &&
-            super_open(v->keys, v->super_slot, buf, &s) == 0 &&
-            le64_get(s.generation) == le64_get(v->super.generation))
+            super_open(v->keys, v->super_slot, buf, &s) == 0 && le64_get(s.generation) == le64_get(v->super.generation))
             continue;
         snprintf(text, sizeof(text), "corrupt superblock: copy %u at unit %llu does not authenticate", copy,
                  (unsigned long long)unit);

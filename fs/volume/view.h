@@ -1,12 +1,12 @@
 /*
  * view.h - a generation of a volume that stands still, while the volume is used.
  *
- * Nodes and extents are never overwritten in place, so the newest durable superblock's tree stays readable for as long as
- * space that is freed after it is not given out again (space_hold). When the volume runs out of space, it takes that space
- * all the same: the view is then stale, and what does not authenticate in it says nothing about the volume.
+ * Nodes and extents are never overwritten in place, so the newest durable superblock's tree stays readable for as long
+ * as space that is freed after it is not given out again (space_hold). When the volume runs out of space, it takes that
+ * space all the same: the view is then stale, and what does not authenticate in it says nothing about the volume.
  *
- * A volume that is read-only or failed has no such generation (what recovery applied is only in memory), but it does not
- * change either: its view is the tree in memory, under the state lock.
+ * A volume that is read-only or failed has no such generation (what recovery applied is only in memory), but it does
+ * not change either: its view is the tree in memory, under the state lock.
  *
  * A view belongs to one thread. It must be closed before its volume.
  */
@@ -18,11 +18,11 @@
 struct view {
     struct volume *v;
     struct tree *tree;
-    bool live;         /* the volume's own tree */
-    bool quiet;        /* damaged nodes are not reported (again) */
-    bool exact;        /* the SPACE items describe this very state */
-    uint64_t hold;     /* of space.h */
-    unsigned slot;     /* of the superblock */
+    bool live;     /* the volume's own tree */
+    bool quiet;    /* damaged nodes are not reported (again) */
+    bool exact;    /* the SPACE items describe this very state */
+    uint64_t hold; /* of space.h */
+    unsigned slot; /* of the superblock */
     uint64_t generation;
     uint64_t regions, used_units;
     uint64_t inodes, next_inode, next_extent;
@@ -38,15 +38,16 @@ bool view_stale(const struct view *w);
 void view_lock(struct view *w);
 void view_unlock(struct view *w);
 
-/* [view_lock] Calls fn for each item at or above key, in order, until it returns nonzero; returns that, 0 at the end, or
- * -EIO. The cache is kept small on the way: fn must not keep pointers. */
+/* [view_lock] Calls fn for each item at or above key, in order, until it returns nonzero; returns that, 0 at the end,
+ * or -EIO. The cache is kept small on the way: fn must not keep pointers. */
 typedef int (*view_fn)(void *ctx, const struct tree_iter *it);
 int view_walk(struct view *w, const struct tree_key *from, view_fn fn, void *ctx);
 /* [view_lock] -ENOENT, -EIO. */
 int view_inode(struct view *w, uint64_t ino, struct inode *ret);
 int view_extent(struct view *w, uint64_t id, struct extent *ret);
 
-/* Both copies of the view's superblock open, and say its generation? Reports to line() what does not; the number of it. */
+/* Both copies of the view's superblock open, and say its generation? Reports to line() what does not; the number of it.
+ */
 int view_check_super(struct view *w, void (*line)(void *ctx, const char *text), void *ctx);
 
 #endif

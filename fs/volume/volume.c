@@ -369,6 +369,8 @@ static int load_state(struct volume *v)
         rc = repair_run(v->repair);
     repair_free(v->repair);
     v->repair = NULL;
+    if (rc == 0 && !v->read_only)
+        space_ready(v->space);
     return rc;
 }
 

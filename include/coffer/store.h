@@ -25,6 +25,8 @@ struct store_ops {
     void (*writeback)(struct store *s, uint64_t off, uint64_t len);
     /* Gives the range back to the backing filesystem; it reads as zeroes after. -EOPNOTSUPP is harmless. */
     int (*punch)(struct store *s, uint64_t off, uint64_t len);
+    /* Allocates blocks for a range inside the file (fallocate(2)), whose bytes stay. NULL: nothing is ever punched. -ENOSPC. */
+    int (*allocate)(struct store *s, uint64_t off, uint64_t len);
     /* Extends the file to size bytes with its blocks allocated (fallocate(2), or zeroes written). -ENOSPC leaves it as it
      * was. */
     int (*grow)(struct store *s, uint64_t size);

@@ -416,6 +416,15 @@ static int mstore_punch(struct store *s, uint64_t off, uint64_t len)
     return 0;
 }
 
+static int mstore_allocate(struct store *s, uint64_t off, uint64_t len)
+{
+    struct mstore *ms = (struct mstore *)s;
+
+    if (faults_hit(ms->faults, FAULT_GROW))
+        return -ms->faults->err;
+    return off + len <= ms->image->size ? 0 : -EINVAL;
+}
+
 static int mstore_grow(struct store *s, uint64_t size)
 {
     struct mstore *ms = (struct mstore *)s;
@@ -469,6 +478,7 @@ static const struct store_ops mstore_ops = {
     .sync = mstore_sync,
     .writeback = mstore_writeback,
     .punch = mstore_punch,
+    .allocate = mstore_allocate,
     .grow = mstore_grow,
     .size = mstore_size,
     .drop = mstore_drop,

@@ -113,3 +113,45 @@ coffer mount care-r "$T/m" >/dev/null
 expect 120000000 "$(stat -c %s "$T/m/f")" "the file"
 coffer umount "$T/m" >/dev/null
 coffer volume rm care-r >/dev/null
+
+step "export, verify, import"
+head -c 64 /dev/urandom >"$T/backup-key"
+head -c 64 /dev/urandom >"$T/other-key"
+chmod 600 "$T/backup-key" "$T/other-key"
+coffer volume create care-x --size 256M --allow uid:0 >/dev/null
+coffer mount care-x "$T/m" >/dev/null
+cp "$T/big" "$T/m/big"
+mkdir "$T/m/dir"
+for k in $(seq 300); do echo "file $k" >"$T/m/dir/f$k"; done
+ln "$T/m/big" "$T/m/dir/hard"
+ln -s ../big "$T/m/dir/soft"
+touch -d '2001-02-03 04:05:06' "$T/m/dir"
+(cd "$T/m" && find . -printf '%p %m %u %s %T@ %l %n\n' | sort) >"$T/list"
+coffer volume export care-x --key-file "$T/backup-key" >"$T/x1" || fail "export in use"
+coffer volume verify --key-file "$T/backup-key" <"$T/x1" | grep -qx 'the export is whole' || fail "verify"
+one_line 1 'another passphrase or key file' coffer volume verify --key-file "$T/other-key" <"$T/x1"
+cp "$T/x1" "$T/altered"
+damage "$T/altered" $((144 + 3 * 65553 + 5000))
+one_line 1 'its frame at byte 196803 does not authenticate' coffer volume verify --key-file "$T/backup-key" <"$T/altered"
+head -c 500000 "$T/x1" >"$T/cut"
+one_line 1 'cut off in its frame at byte 459015' coffer volume verify --key-file "$T/backup-key" <"$T/cut"
+one_line 1 'exists already' coffer volume import care-x --key-file "$T/backup-key" <"$T/x1"
+for f in altered cut; do
+    coffer volume import care-y --allow uid:0 --size 256M --key-file "$T/backup-key" <"$T/$f" >"$T/out" 2>"$T/err" && fail "import of $f"
+    grep -q 'frame at byte' "$T/out" || fail "import of $f: $(cat "$T/out" "$T/err")"
+    coffer volume ls | grep -q care-y && fail "an import of $f left a volume"
+done
+coffer volume import care-y --allow uid:0 --size 256M --key-file "$T/backup-key" <"$T/x1" | grep -qx 'imported care-y' || fail "import"
+coffer mount care-y "$T/n" >/dev/null
+(cd "$T/n" && find . -printf '%p %m %u %s %T@ %l %n\n' | sort) >"$T/list2"
+cmp "$T/list" "$T/list2" || fail "names, modes, times: $(diff "$T/list" "$T/list2" | head -5)"
+diff -r "$T/m" "$T/n" || fail "content"
+coffer umount "$T/m" >/dev/null
+coffer volume check care-y --data | grep -qx 'care-y: clean' || fail "check of the import"
+# A pipe whose reader is slow, and one whose reader goes away.
+coffer volume export care-y --key-file "$T/backup-key" | { sleep 1; cat; } | coffer volume verify --key-file "$T/backup-key" | grep -qx 'the export is whole' || fail "export through a pipe"
+coffer volume export care-y --key-file "$T/backup-key" 2>"$T/err" | head -c 100000 >/dev/null || true
+[ "$(wc -l <"$T/err")" = 1 ] || fail "a reader that goes away: $(cat "$T/err")"
+coffer umount "$T/n" >/dev/null
+coffer volume export care-x --key-file "$T/backup-key" | coffer volume import care-z --allow uid:0 --size 256M --key-file "$T/backup-key" >/dev/null || fail "from one to the other"
+coffer volume check care-z --data | grep -qx 'care-z: clean' || fail "check of the copy"

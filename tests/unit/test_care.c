@@ -1,6 +1,6 @@
 /*
- * test_care.c - looking after a volume: check and scrub while it is written, repair, resize. (tests/attack/tamper repairs
- * every damaged image.)
+ * test_care.c - looking after a volume: check and scrub while it is written, repair, resize. (tests/attack/tamper
+ * repairs every damaged image.)
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -9,6 +9,7 @@
 
 #include <cmocka.h>
 
+#include "coffer/export.h"
 #include "coffer/volume.h"
 #include "fs/base/secmem.h"
 #include "tests/crash/recstore.h"
@@ -16,6 +17,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #define ROOT VOLUME_ROOT_INO
 #define MIB  (1u << 20)
@@ -52,8 +54,8 @@ static int try_open(struct fixture *f)
 {
     struct volume_options o = {.cache_bytes = 1 << 20, .mount_id = 1, .on_damage = on_damage, .ctx = f};
 
-    return volume_open(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id,
-                       &o, &f->v);
+    return volume_open(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key,
+                       volume_id, &o, &f->v);
 }
 
 static int setup(void **state)
@@ -103,8 +105,8 @@ static uint64_t make(struct fixture *f, const char *name, int fill, size_t n)
     return a.ino;
 }
 
-/* The address in `data` of the last chunk before byte `to` that a flipped bit in makes fail. Finds the content by trying:
- * flips a byte of each unit until reading the file fails. */
+/* The address in `data` of the last chunk before byte `to` that a flipped bit in makes fail. Finds the content by
+ * trying: flips a byte of each unit until reading the file fails. */
 static uint64_t find_unit(struct fixture *f, uint64_t ino, uint64_t off)
 {
     uint8_t byte, buf[4096];
@@ -265,8 +267,8 @@ static int repair(struct fixture *f)
     int rc;
 
     f->lines = 0;
-    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, volume_id, &(struct volume_options){0},
-                       &r);
+    rc = volume_repair(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key,
+                       volume_id, &(struct volume_options){0}, &r);
     assert_int_equal(rc, f->lines);
     assert_int_equal(try_open(f), 0);
     f->lines = 0;
@@ -316,14 +318,16 @@ static void test_repair_content(void **state)
     assert_int_equal(volume_check(f->v, true, on_line, f), 0);
 }
 
-static int find_numbered(void *ctx, const char *name, uint64_t ino, uint32_t type, uint64_t cookie, const struct vattr *a)
+static int find_numbered(void *ctx, const char *name, uint64_t ino, uint32_t type, uint64_t cookie,
+                         const struct vattr *a)
 {
     (void)ino, (void)type, (void)cookie, (void)a;
     *(unsigned *)ctx += name[0] == '#';
     return 0;
 }
 
-/* Every node in turn: what is kept is listed, names that are lost are in lost+found, and the other repair finds nothing. */
+/* Every node in turn: what is kept is listed, names that are lost are in lost+found, and the other repair finds
+ * nothing. */
 static void test_repair_names(void **state)
 {
     struct fixture *f = *state;
@@ -407,6 +411,246 @@ static void test_resize(void **state)
     assert_int_equal(volume_check(f->v, true, on_line, f), 0);
 }
 
+/* --- giving space back --- */
+
+static uint64_t blocks_of(int fd)
+{
+    struct stat st;
+
+    assert_int_equal(fstat(fd, &st), 0);
+    return (uint64_t)st.st_blocks * 512;
+}
+
+/* On real files: what a removed file held leaves the backing file, and comes back when it is needed. */
+static void test_give_back(void **state)
+{
+    struct volume_params p = {.block_size = 4096, .size_limit = 256 << 20, .log_segment = 256 << 10, .root_mode = 0755};
+    char path[] = "care-XXXXXX", logpath[] = "care-XXXXXX";
+    int fd = mkstemp(path), logfd = mkstemp(logpath);
+    struct fixture *f = *state;
+    struct volume_options o = {.on_damage = on_damage, .ctx = f};
+    static uint8_t buf[MIB], have[MIB];
+    uint64_t full, less;
+
+    assert_true(fd >= 0 && logfd >= 0);
+    unlink(path);
+    unlink(logpath);
+    memcpy(p.id, volume_id, sizeof(p.id));
+    volume_abandon(f->v);
+    f->v = NULL;
+    assert_int_equal(volume_format(store_fd_take(dup(fd), -1), store_fd_take(dup(logfd), -1), f->key, &p), 0);
+    for (int life = 0; life < 3; life++) {
+        uint64_t ino, keep;
+
+        assert_int_equal(volume_open(store_fd_take(dup(fd), -1), store_fd_take(dup(logfd), -1), f->key, volume_id, &o, &f->v),
+                         0);
+        keep = make(f, life == 0 ? "keep0" : life == 1 ? "keep1" : "keep2", life, MIB);
+        ino = make(f, "big", 1, 1);
+        for (unsigned k = 0; k < 180; k++) {
+            memset(buf, (int)k, sizeof(buf));
+            assert_int_equal(vol_write(f->v, ino, (uint64_t)k * MIB, buf, sizeof(buf)), sizeof(buf));
+        }
+        full = blocks_of(fd);
+        assert_true(full > 180u * MIB);
+        for (unsigned k = 0; k < 180; k += 31) {
+            memset(buf, (int)k, sizeof(buf));
+            assert_int_equal(vol_read(f->v, ino, (uint64_t)k * MIB, have, sizeof(have)), sizeof(have));
+            assert_memory_equal(buf, have, sizeof(have));
+        }
+        assert_int_equal(vol_unlink(f->v, ROOT, "big"), 0);
+        vol_forget(f->v, ino, 1);
+        assert_int_equal(volume_checkpoint(f->v), 0);
+        assert_int_equal(volume_checkpoint(f->v), 0);
+        less = blocks_of(fd);
+        if (less + 100u * MIB > full)
+            print_message("life %d: %llu, then %llu\n", life, (unsigned long long)full, (unsigned long long)less);
+        assert_true(less + 100u * MIB < full);
+        assert_int_equal(vol_read(f->v, keep, 0, have, MIB), MIB);
+        assert_int_equal(have[77], life);
+        assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+        if (life == 1)
+            volume_abandon(f->v);
+        else
+            assert_int_equal(volume_close(f->v), 0);
+        f->v = NULL;
+    }
+    close(fd);
+    close(logfd);
+}
+
+/* --- export and import --- */
+
+struct stream {
+    uint8_t *at;
+    size_t n, cap, read, end;
+};
+
+static int stream_write(void *ctx, const void *buf, size_t n)
+{
+    struct stream *s = ctx;
+
+    if (s->n + n > s->cap) {
+        s->cap = (s->n + n) * 2;
+        s->at = realloc(s->at, s->cap);
+    }
+    memcpy(s->at + s->n, buf, n);
+    s->n += n;
+    return 0;
+}
+
+static int stream_read(void *ctx, void *buf, size_t n)
+{
+    struct stream *s = ctx;
+
+    if (n > s->end - s->read)
+        return -ENODATA;
+    memcpy(buf, s->at + s->read, n);
+    s->read += n;
+    return 0;
+}
+
+static int verify(struct fixture *f, struct stream *s, size_t end, const char *secret)
+{
+    struct export_io io = {.read = stream_read, .ctx = s};
+    struct volume_report r = {.line = on_line, .ctx = f};
+    struct export_secret e = {0};
+    struct volume_params p;
+    int rc;
+
+    s->read = 0;
+    s->end = end;
+    rc = stream_read(s, &e.head, sizeof(e.head));
+    if (rc == 0)
+        rc = export_secret_open(secret, strlen(secret), &e);
+    return rc < 0 ? rc : export_verify(&e, &io, &p, &r);
+}
+
+static int import(struct fixture *f, struct stream *s, const char *secret)
+{
+    struct export_io io = {.read = stream_read, .ctx = s};
+    struct volume_report r = {.line = on_line, .ctx = f};
+    struct volume_params p = {0};
+    struct export_secret e = {0};
+    int rc;
+
+    s->read = 0;
+    s->end = s->n;
+    memcpy(p.id, volume_id, sizeof(p.id));
+    assert_int_equal(stream_read(s, &e.head, sizeof(e.head)), 0);
+    rc = export_secret_open(secret, strlen(secret), &e);
+    if (rc < 0)
+        return rc;
+    volume_abandon(f->v);
+    f->v = NULL;
+    image_free(f->image[0]);
+    image_free(f->image[1]);
+    f->image[0] = image_new(NULL);
+    f->image[1] = image_new(NULL);
+    rc = volume_import(mstore_new(f->image[0], NULL, NULL, 0), mstore_new(f->image[1], NULL, NULL, 1), f->key, &p, &e,
+                       &io, &r);
+    return rc < 0 ? rc : try_open(f);
+}
+
+static void test_export(void **state)
+{
+    static uint8_t buf[MIB], have[MIB];
+    struct fixture *f = *state;
+    struct volume_report r = {.line = on_line, .ctx = f};
+    struct stream s = {0};
+    struct export_io io = {.write = stream_write, .ctx = &s};
+    struct export_secret e;
+    uint64_t ino = make(f, "large", 7, MIB), lost, unit;
+    struct vattr dir, a, b, was;
+    char text[100];
+    pthread_t t;
+    int rc;
+
+    memset(buf, 7, sizeof(buf));
+    /* A hole, an odd size, a directory, links, attributes, small files, times. */
+    assert_int_equal(vol_write(f->v, ino, 5 * MIB + 77, "end", 3), 3);
+    assert_int_equal(vol_mknod(f->v, ROOT, "dir", S_IFDIR | 01711, 0, 3, 4, &dir), 0);
+    assert_int_equal(vol_symlink(f->v, dir.ino, "symlink", "where/to", 1, 2, &a), 0);
+    assert_int_equal(vol_mknod(f->v, dir.ino, "fifo", S_IFIFO | 0600, 0, 1, 2, &a), 0);
+    assert_int_equal(vol_link(f->v, ino, dir.ino, "hard", &a), 0);
+    assert_int_equal(vol_setxattr(f->v, ino, "user.x", "value", 5, 0), 0);
+    for (unsigned k = 0; k < 500; k++) {
+        snprintf(text, sizeof(text), "small-%u", k);
+        assert_int_equal(vol_mknod(f->v, dir.ino, text, S_IFREG | 0640, 0, k, k, &a), 0);
+        assert_int_equal(vol_write(f->v, a.ino, 0, text, strlen(text)), (ssize_t)strlen(text));
+        vol_forget(f->v, a.ino, 1);
+    }
+    lost = make(f, "lost", 9, 40000);
+    a = (struct vattr){.mtime = 123456789, .atime = -5};
+    assert_int_equal(vol_setattr(f->v, ino, VOL_SET_MTIME | VOL_SET_ATIME, &a, &was), 0);
+    /* While it is written. */
+    assert_int_equal(pthread_create(&t, NULL, writer, f), 0);
+    do {
+        s.n = 0;
+        assert_int_equal(export_secret_new(EXPORT_KEY_FILE, "secret", 6, &e), 0);
+        rc = volume_export(f->v, &e, &io, &r);
+    } while (rc == -EBUSY);
+    f->stop = true;
+    pthread_join(t, NULL);
+    assert_int_equal(rc, 0);
+    assert_int_equal(verify(f, &s, s.n, "secret"), 0);
+    assert_int_equal(verify(f, &s, s.n, "other"), -EKEYREJECTED);
+    /* Every byte of the head, some of every frame, every place to cut. */
+    for (size_t i = 0; i < s.n; i += i < 300 ? 1 : 9973) {
+        s.at[i] ^= 0x10;
+        f->lines = 0;
+        rc = verify(f, &s, s.n, "secret");
+        assert_true(rc == -EBADMSG || (i < sizeof(e.head) && rc < 0));
+        if (i >= sizeof(e.head)) {
+            snprintf(text, sizeof(text), "frame at byte %zu does",
+                     sizeof(e.head) + (i - sizeof(e.head)) / EXPORT_FRAME_BYTES * EXPORT_FRAME_BYTES);
+            assert_non_null(strstr(f->last, text));
+        }
+        s.at[i] ^= 0x10;
+        rc = verify(f, &s, i, "secret");
+        assert_true(i < sizeof(e.head) ? rc < 0 : rc == -EBADMSG);
+    }
+    assert_int_equal(verify(f, &s, s.n - EXPORT_FRAME_BYTES, "secret"), -EBADMSG);
+    assert_int_equal(stream_write(&s, "x", 1), 0);
+    assert_int_equal(verify(f, &s, s.n, "secret"), -EBADMSG);
+    s.n--;
+    assert_int_equal(import(f, &s, "secret"), 0);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+    assert_int_equal(vol_lookup(f->v, ROOT, "large", &a), 0);
+    assert_true(a.size == was.size && a.mtime == was.mtime && a.atime == was.atime && a.ctime == was.ctime &&
+                a.nlink == 2 && a.blocks == was.blocks);
+    assert_int_equal(vol_read(f->v, a.ino, 0, have, MIB), MIB);
+    assert_memory_equal(buf, have, MIB);
+    assert_int_equal(vol_read(f->v, a.ino, 5 * MIB + 70, have, 100), 10);
+    assert_memory_equal(have, "\0\0\0\0\0\0\0end", 10);
+    assert_int_equal(vol_getxattr(f->v, a.ino, "user.x", have, 100), 5);
+    assert_int_equal(vol_lookup(f->v, ROOT, "dir", &b), 0);
+    assert_true(b.mode == (S_IFDIR | 01711) && b.uid == 3 && b.nlink == 2);
+    assert_int_equal(vol_lookup(f->v, b.ino, "hard", &dir), 0);
+    assert_int_equal(dir.ino, a.ino);
+    assert_int_equal(vol_lookup(f->v, b.ino, "symlink", &a), 0);
+    assert_int_equal(vol_readlink(f->v, a.ino, text, sizeof(text)), 8);
+    assert_int_equal(vol_lookup(f->v, b.ino, "small-321", &a), 0);
+    assert_int_equal(vol_read(f->v, a.ino, 0, have, 100), 9);
+    assert_memory_equal(have, "small-321", 9);
+    /* What cannot be read is lost in the copy, too, and said. */
+    assert_int_equal(vol_lookup(f->v, ROOT, "lost", &a), 0);
+    assert_int_equal(a.ino, lost);
+    unit = find_unit(f, lost, 8192);
+    flip(f, unit);
+    s.n = 0;
+    assert_int_equal(export_secret_new(EXPORT_PASSPHRASE, "phrase", 6, &e), 0);
+    f->lines = 0;
+    assert_int_equal(volume_export(f->v, &e, &io, &r), 1);
+    assert_int_equal(f->lines, 1);
+    assert_int_equal(import(f, &s, "phrase"), 0);
+    assert_int_equal(volume_check(f->v, true, on_line, f), 0);
+    assert_int_equal(vol_lookup(f->v, ROOT, "lost", &a), 0);
+    assert_int_equal(vol_read(f->v, a.ino, 8192, have, 4096), -EIO);
+    assert_int_equal(vol_read(f->v, a.ino, 12288, have, 4096), 4096);
+    assert_int_equal(have[5], 9);
+    free(s.at);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -416,6 +660,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_repair_content, setup, teardown),
         cmocka_unit_test_setup_teardown(test_repair_names, setup, teardown),
         cmocka_unit_test_setup_teardown(test_resize, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_export, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_give_back, setup, teardown),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
