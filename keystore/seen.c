@@ -182,7 +182,7 @@ static struct disk_seen *find(const struct seen *s, const uint8_t *id)
 /* Puts e into the place of the entry of its id, or at the end, durably. */
 static int put(struct seen *s, const struct disk_seen *e)
 {
-    struct disk_seen *at = find(s, e->id), before;
+    struct disk_seen *at = find(s, e->id), before = {0};
     bool fresh = !at;
     int rc;
 
@@ -192,7 +192,8 @@ static int put(struct seen *s, const struct disk_seen *e)
         s->entry = xrealloc(s->entry, (s->n + 1) * sizeof(*s->entry));
         at = &s->entry[s->n++];
     }
-    before = fresh ? (struct disk_seen){0} : *at;
+    if (!fresh)
+        before = *at;
     *at = *e;
     rc = save(s);
     if (rc < 0 && fresh)
