@@ -430,6 +430,7 @@ static void test_give_back(void **state)
     struct fixture *f = *state;
     struct volume_options o = {.on_damage = on_damage, .ctx = f};
     static uint8_t buf[MIB], have[MIB];
+    struct store *data, *log;
     uint64_t full, less;
 
     assert_true(fd >= 0 && logfd >= 0);
@@ -438,7 +439,11 @@ static void test_give_back(void **state)
     memcpy(p.id, volume_id, sizeof(p.id));
     volume_abandon(f->v);
     f->v = NULL;
-    assert_int_equal(volume_format(store_fd_take(dup(fd), -1), store_fd_take(dup(logfd), -1), f->key, &p), 0);
+    data = store_fd_take(dup(fd), -1);
+    log = store_fd_take(dup(logfd), -1);
+    assert_int_equal(volume_format(data, log, f->key, &p), 0);
+    data->ops->close(data);
+    log->ops->close(log);
     for (int life = 0; life < 3; life++) {
         uint64_t ino, keep;
 
