@@ -261,7 +261,7 @@ static void lock_everything(struct server *s, const char *why)
     grants_end(s->grants, NULL, -1, why);
     server_end_grants(s);
     for (struct conn *c = s->conns; c; c = c->next)
-        if (c->kind == CONN_VOLUME)
+        if (c->kind == CONN_VOLUME && !c->lock_sent)
             send_lock(c);
 }
 

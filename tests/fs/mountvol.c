@@ -360,7 +360,8 @@ static bool read_agent(void)
     struct agent_auth ask;
     struct agent_verdict v;
     struct msg_head head;
-    int pidfd, rc = msg_recv(agent_fd, &head, &ask, sizeof(ask), NULL, NULL, 0);
+    uint8_t body[sizeof(ask) + sizeof(struct volume_seen)];
+    int pidfd, rc = msg_recv(agent_fd, &head, body, sizeof(body), NULL, NULL, 0);
 
     if (rc == -ETIMEDOUT || rc == -EAGAIN)
         return true;
@@ -370,6 +371,11 @@ static bool read_agent(void)
         answer("locked");
         return true;
     }
+    if (head.type == AGENT_FS_SEEN && head.len == sizeof(struct volume_seen)) {
+        head.len = sizeof(struct agent_seen_done);
+        return msg_send(agent_fd, &head, &(struct agent_seen_done){0}, NULL, 0) == 0;
+    }
+    memcpy(&ask, body, sizeof(ask));
     if (head.type != AGENT_FS_AUTH || head.len != sizeof(ask))
         die("the server sends agent message %u of %u bytes", head.type, head.len);
     asked++;
