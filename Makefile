@@ -97,14 +97,20 @@ $(BUILD)/tests/%: tests/%.c $(L)volume.a $(L)base.a
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d $(LDFLAGS) -o $@ $< $(L)volume.a $(L)base.a -Wl,--as-needed $(shell pkg-config --libs libsodium fuse3)
 
-# A fuzz target is compiled with the sources of the libraries it needs, so that all of it is instrumented.
-FUZZ_SRC := $(SRC_base) $(SRC_volume) $(SRC_keystore)
-$(BUILD)/fuzz/%: tests/fuzz/%.c $(FUZZ_SRC)
+# All that a fuzz target needs is instrumented: the libraries once, for all targets.
+FUZZ_FLAGS := -O1 -g -std=gnu17 -pthread -fsanitize=address,undefined
+FUZZ_OBJ := $(patsubst %.c,$(BUILD)/fuzzobj/%.o,$(SRC_base) $(SRC_volume) $(SRC_keystore))
+$(BUILD)/fuzzobj/%.o: %.c
 	@mkdir -p $(@D)
-	clang $(CPPFLAGS) -O1 -g -std=gnu17 -pthread -fsanitize=fuzzer,address,undefined -o $@ $< $(FUZZ_SRC) $(shell pkg-config --libs jansson libsodium libseccomp)
+	clang $(CPPFLAGS) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -MMD -MP -c -o $@ $<
+
+.SECONDARY: $(FUZZ_OBJ)
+$(BUILD)/fuzz/%: tests/fuzz/%.c $(FUZZ_OBJ)
+	@mkdir -p $(@D)
+	clang $(CPPFLAGS) $(FUZZ_FLAGS) -fsanitize=fuzzer -o $@ $< $(FUZZ_OBJ) $(shell pkg-config --libs jansson libsodium libseccomp)
 
 soak: all tests ## an hour of random file operations on mounts (root)
-	tests/fs/fsx.sh 3600
+	bash tests/fs/fsx.sh 3600
 
 bench: all ## measure raw, gocryptfs and coffer (root)
 	scripts/bench
