@@ -244,7 +244,8 @@ static int for_each_fresh(struct volume *v, struct record *r, fresh_fn visit)
     return 0;
 }
 
-static bool in_payload(const struct volume *v, const struct record *r, unsigned index, size_t off, const struct extent *e)
+static bool in_payload(const struct volume *v, const struct record *r, unsigned index, size_t off,
+                       const struct extent *e)
 {
     return index < 32 && off + (size_t)e->chunks * v->block <= (size_t)le32_get(r->head.payload_sectors) * SECTOR_BYTES;
 }
@@ -289,6 +290,36 @@ static int put_back(struct volume *v, struct record *r, unsigned index, size_t o
     return v->data->ops->writev(v->data, &iov, 1, e->addr * UNIT_BYTES);
 }
 
+/* --- requests that the kernel may send again --- */
+
+static void remember_request(struct volume *v, uint64_t id)
+{
+    if (v->nanswered && v->answered[v->nanswered - 1] == id)
+        return;
+    v->answered = xrealloc(v->answered, (v->nanswered + 1) * sizeof(*v->answered));
+    v->answered[v->nanswered++] = id;
+}
+
+static _Thread_local uint64_t request_now;
+
+void vol_request(uint64_t id)
+{
+    request_now = id;
+}
+
+uint64_t request_id(void)
+{
+    return request_now;
+}
+
+bool vol_request_done(const struct volume *v)
+{
+    for (size_t i = v->nanswered; i-- > 0;)
+        if (v->answered[i] == request_now)
+            return true;
+    return false;
+}
+
 /* --- the whole --- */
 
 int recovery_replay(struct volume *v)
@@ -322,6 +353,8 @@ int recovery_replay(struct volume *v)
             rc = tx_replay(v, r->body, le32_get(r->head.body_bytes));
         if (rc == 0 && le32_get(r->head.payload_sectors))
             rc = for_each_fresh(v, r, put_back);
+        if (v->options.resumed && le64_get(r->head.mount_id) == v->options.mount_id && le64_get(r->head.request))
+            remember_request(v, le64_get(r->head.request));
         if (rc < 0)
             volume_damage(v, "log: record %llu cannot be applied (%s)", (unsigned long long)r->sequence, strerror(-rc));
     }
@@ -360,6 +393,7 @@ void recovery_orphans(struct volume *v)
 
     for (ino = 0; next_of_kind(v, ITEM_TRIM, ino, &ino) == 0; ino++)
         file_finish_trim(v, ino);
-    for (ino = 0; next_of_kind(v, ITEM_ORPHAN, ino, &ino) == 0; ino++)
+    /* The kernel may have them open. */
+    for (ino = 0; !v->options.resumed && next_of_kind(v, ITEM_ORPHAN, ino, &ino) == 0; ino++)
         file_destroy(v, ino);
 }

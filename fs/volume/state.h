@@ -51,6 +51,8 @@ struct volume {
     _Atomic uint64_t next_extent;
     uint64_t inodes;           /* [state] */
     struct refs *refs;         /* own mutex, below the state lock */
+    uint64_t *answered;        /* requests of this mount whose records recovery found (options.resumed) */
+    size_t nanswered;
 
     struct space *space;
     struct log *log;
@@ -136,6 +138,11 @@ void refs_add(struct refs *r, uint64_t ino, uint64_t n);
 /* Drops n; true when none is left. */
 bool refs_drop(struct refs *r, uint64_t ino, uint64_t n);
 bool refs_held(struct refs *r, uint64_t ino);
+/* Inodes below may be held without a trace here, until refs_drop gives back all that is known. */
+void refs_unknown_below(struct refs *r, uint64_t ino);
+
+/* What vol_request() was told last, by this thread. */
+uint64_t request_id(void);
 
 /* --- data (file.c) --- */
 
