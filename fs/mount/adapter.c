@@ -223,7 +223,7 @@ static void op_forget_multi(fuse_req_t req, size_t count, struct fuse_forget_dat
     fuse_reply_none(req);
 }
 
-bool adapter_done(const struct volume *v)
+bool adapter_done(struct volume *v)
 {
     return loop_request()->resent && vol_request_done(v);
 }

@@ -12,6 +12,8 @@
  */
 #include "fs/volume/log.h"
 
+#include "fs/volume/requests.h"
+
 #include <stdlib.h>
 
 #define INFLIGHT_MAX 1024 /* records reserved and not yet written; more than there can be threads */

@@ -17,6 +17,7 @@
 
 #include "fs/volume/log.h"
 #include "fs/volume/repair.h"
+#include "fs/volume/requests.h"
 #include "fs/volume/space.h"
 #include "fs/volume/tx.h"
 
@@ -290,36 +291,6 @@ static int put_back(struct volume *v, struct record *r, unsigned index, size_t o
     return v->data->ops->writev(v->data, &iov, 1, e->addr * UNIT_BYTES);
 }
 
-/* --- requests that the kernel may send again --- */
-
-static void remember_request(struct volume *v, uint64_t id)
-{
-    if (v->nanswered && v->answered[v->nanswered - 1] == id)
-        return;
-    v->answered = xrealloc(v->answered, (v->nanswered + 1) * sizeof(*v->answered));
-    v->answered[v->nanswered++] = id;
-}
-
-static _Thread_local uint64_t request_now;
-
-void vol_request(uint64_t id)
-{
-    request_now = id;
-}
-
-uint64_t request_id(void)
-{
-    return request_now;
-}
-
-bool vol_request_done(const struct volume *v)
-{
-    for (size_t i = v->nanswered; i-- > 0;)
-        if (v->answered[i] == request_now)
-            return true;
-    return false;
-}
-
 /* --- the whole --- */
 
 int recovery_replay(struct volume *v)
@@ -353,8 +324,8 @@ int recovery_replay(struct volume *v)
             rc = tx_replay(v, r->body, le32_get(r->head.body_bytes));
         if (rc == 0 && le32_get(r->head.payload_sectors))
             rc = for_each_fresh(v, r, put_back);
-        if (v->options.resumed && le64_get(r->head.mount_id) == v->options.mount_id && le64_get(r->head.request))
-            remember_request(v, le64_get(r->head.request));
+        if (v->options.resumed && le64_get(r->head.mount_id) == v->options.mount_id)
+            requests_recover(v, &r->head, r->body);
         if (rc < 0)
             volume_damage(v, "log: record %llu cannot be applied (%s)", (unsigned long long)r->sequence, strerror(-rc));
     }

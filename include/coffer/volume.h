@@ -186,7 +186,7 @@ int volume_repair(struct store *data, struct store *log, const struct key *key, 
  * what it changes. */
 void vol_request(uint64_t id);
 /* Whether the calling thread's request had changed the volume before the server that was asked first died. */
-bool vol_request_done(const struct volume *v);
+bool vol_request_done(struct volume *v);
 /* Above all inode numbers in use. */
 uint64_t vol_next_inode(struct volume *v);
 
