@@ -425,7 +425,6 @@ static void server_died(void *ctx, struct fsproc *p, const char *how)
         log_err("volume %s: %s died: %s", v->name, "coffer-fs", how);
         agent_note(v->name, "server-died", text);
         free(text);
-        v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
         if (death_allowed(v) && can_take_over(v, how)) {
             set_server(v, NULL, MOUNT_FAILED);
             pthread_mutex_unlock(&v->op_lock);
@@ -435,6 +434,8 @@ static void server_died(void *ctx, struct fsproc *p, const char *how)
             mine = v->mount == MOUNT_FAILED && v->fuse_fd >= 0;
         }
         if (mine) {
+            v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
+            memset(v->death_ns, 0, sizeof(v->death_ns));
             log_err("volume %s: its mount is given up", v->name);
             fuse_abort(v);
             unbind_all(v);

@@ -51,7 +51,7 @@ struct plugin_volume {
     struct server_init init;       /* (op_lock) */
     uint64_t mount_id;             /* (op_lock) random, of the mount */
     int64_t death_ns[5];           /* (op_lock) mono_ns of its last servers' deaths, the oldest first; 0: none */
-    unsigned deaths;               /* (op_lock) of its servers, one soon after the other */
+    unsigned deaths;               /* (op_lock) of mounts with their servers, one soon after the other */
     int64_t started_ns;            /* (op_lock) mono_ns of the last server's start */
     int64_t engine_dead_ns;        /* (op_lock) since when a holder's engine is seen dead, mono_ns, or 0 */
     unsigned refs;                 /* (R) */

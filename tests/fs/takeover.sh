@@ -12,10 +12,11 @@ dev=$(stat -c %d "$T/m")
 used() { df --output=used "$T/m" | tail -n 1 | tr -d ' '; }
 
 step "a load while the server is killed $KILLS times"
-python3 "$(dirname "$0")/takeover.py" "$T/m" $((KILLS * 3 + 2)) >"$T/out" 2>&1 &
+python3 "$(dirname "$0")/takeover.py" "$T/m" $((KILLS * 7 / 2 + 4)) >"$T/out" 2>&1 &
 load=$!
 for ((i = 1; i <= KILLS; i++)); do
-    sleep "2.$((RANDOM % 900 + 100))"
+    # Two at a time: the second one is hit while it opens the volume, or has just begun. (Five in 10 s would be given up.)
+    if ((i % 2)); then sleep "5.$((RANDOM % 900 + 100))"; fi
     kill -0 $load 2>/dev/null || fail "the load ended at kill $i: $(cat "$T/out")"
     pid=$(server_pid t)
     [ -n "$pid" ] || fail "no server at kill $i"
@@ -39,4 +40,18 @@ coffer umount "$T/m" >/dev/null || fail "umount"
 coffer volume check t --data >"$T/out" || fail "check: $(head -n 5 "$T/out")"
 coffer mount t "$T/m" >/dev/null || fail "mount again"
 expect 20 "$(stat -c %s "$T/m/counter/counter")" "the counter's size"
-coffer umount "$T/m" >/dev/null || fail "umount again"
+
+step "a server that dies again and again is given up: an error, not a hang; then there is a new mount"
+exec 9>"$T/m/held" && echo x >&9
+pid=
+for i in 1 2 3 4 5; do
+    next() { local now; now=$(server_pid t); [ -n "$now" ] && [ "$now" != "$pid" ] && pid=$now; }
+    wait_for 20 next
+    kill -9 "$pid"
+done
+anew() { [ "$(stat -c %s "$T/m/counter/counter")" = 20 ]; }
+wait_for 40 anew
+if timeout 10 sh -c 'echo y >&9' 2>/dev/null; then fail "a handle of the mount that was given up still works"; fi
+exec 9>&-
+grep -q 'given up' "$T/c/cofferd.log" || fail "cofferd did not say that it gave up"
+coffer umount "$T/m" >/dev/null || fail "umount at the end"
