@@ -12,8 +12,8 @@ BUILD=${BUILD:-$TOP/build}
 BUILD_PACKAGES=(gcc libc6-dev make pkg-config libfuse3-dev libsodium-dev libjansson-dev libmicrohttpd-dev
     libcurl4-openssl-dev libseccomp-dev)
 ENGINE_PACKAGES=(docker.io busybox-static)
-TEST_PACKAGES=(libcmocka-dev clang llvm libclang-rt-14-dev python3 util-linux procps strace curl sqlite3 tzdata attr postgresql-15
-    mariadb-server)
+TEST_PACKAGES=(libcmocka-dev clang llvm libclang-rt-14-dev python3 util-linux procps curl sqlite3 tzdata attr postgresql-15
+    mariadb-server strace)
 
 say() { printf '%s\n' "$*"; }
 die() {
