@@ -1061,6 +1061,34 @@ refused:
     send_refusal(c, p->msg_id, err);
 }
 
+/* A server that follows one that died: it gets what its mount's live grants entitle it to. */
+static void resume_request(struct server *s, struct conn *c, struct pending *p)
+{
+    struct agent_verdict v = {.kind = AGENT_ALLOW};
+    struct agent_volume volume;
+
+    if (p->auth.tid || p->auth.flags != (AGENT_AUTH_RESUME | AGENT_AUTH_WANT_KEY) || !keystore_unlocked(s->keystore) ||
+        !grants_count(s->grants, p->volume) || keystore_volume_get(s->keystore, p->volume, &volume) < 0) {
+        send_refusal(c, p->msg_id, -EACCES); /* no news: the next caller is decided upon */
+        return;
+    }
+    v.params = volume.params;
+    v.strict = volume.strict;
+    add_key(s, p->volume, p->auth.flags, &v);
+    if (audit_decision(s, "release", p, NULL, NULL, "a new server follows one that died, and grants are live") < 0) {
+        sodium_memzero(&v, sizeof(v));
+        send_refusal(c, p->msg_id, -EACCES);
+        return;
+    }
+    for (const struct grant *g = grants_first(s->grants); g; g = g->next) {
+        struct agent_grant live = {.grant = g->id};
+
+        if (!g->ended && !strcmp(g->volume, p->volume))
+            server_send(c, AGENT_FS_GRANT, 0, &live, sizeof(live), NULL, 0);
+    }
+    send_verdict(c, p->msg_id, &v, NULL);
+}
+
 /* How many wait, of one connection (0: of all). */
 static unsigned pending_count(const struct server *s, uint64_t conn_id)
 {
@@ -1094,6 +1122,8 @@ void authorise_request(struct server *s, struct conn *c, uint64_t id, const stru
     p->auth = *auth;
     if (c->purpose != AGENT_PURPOSE_SERVE) {
         maintenance_request(s, c, p);
+    } else if (auth->flags & AGENT_AUTH_RESUME) {
+        resume_request(s, c, p);
     } else if (auth->tid <= 0 || (auth->flags & AGENT_AUTH_MAINTENANCE)) {
         if (!(auth->flags & AGENT_AUTH_PROBE))
             audit_refusal(s, "refuse", p, NULL, NULL, "a request without a calling process");

@@ -19,6 +19,7 @@ struct grant {
     bool read_only;
     bool ended; /* to be reported and freed by grants_sweep */
     const char *why_ended;
+    int64_t unserved_ns; /* since when (mono_ns) the volume has no server, or 0; not of GRANT_CONTAINER */
     char volume[AGENT_NAME_MAX];
     char container[FACTS_ID_SIZE]; /* "" unless GRANT_CONTAINER */
     struct attest *caller;         /* the first that it was given to (its pidfd is closed); the grant's */

@@ -25,7 +25,8 @@
 
 #define NS_PER_MS         1000000ll
 #define SECRET_TIMEOUT_MS 5000
-#define CHECK_MS          2000 /* how often the grants' cgroups are looked at besides inotify */
+#define SUCCESSOR_MS      65000ll /* for a server that died to be followed by another: cofferd tries for 60 s */
+#define CHECK_MS          2000    /* how often the grants' cgroups are looked at besides inotify */
 #define RECOVERY_MAX      4096
 #define PACKETS_A_ROUND   32 /* of one connection, before the others have their turn */
 
@@ -157,6 +158,17 @@ static bool served(const struct server *s, const char *volume, const struct conn
     return false;
 }
 
+/* Ends the grants whose mount is gone: its server has said that it locked the volume, or was not followed by another. */
+static void unserved_check(struct server *s)
+{
+    for (struct grant *g = grants_first(s->grants); g; g = g->next) {
+        if (g->unserved_ns && served(s, g->volume, NULL))
+            g->unserved_ns = 0;
+        else if (g->unserved_ns && mono_ns() - g->unserved_ns > SUCCESSOR_MS * NS_PER_MS)
+            grant_end(g, "its mount is gone");
+    }
+}
+
 static void conn_gone(struct server *s, struct conn *c)
 {
     authorise_drop(s, c->id);
@@ -165,10 +177,14 @@ static void conn_gone(struct server *s, struct conn *c)
         authorise_ask_anew(s);
     else if (c->kind == CONN_BROKER)
         authorise_refuse_all(s, "the engine could not be asked: cofferd is gone");
-    /* A container's grant outlives its server, whose successor will need it; what nothing else would end does not. */
-    if (c->kind == CONN_VOLUME && !served(s, c->volume, c)) {
-        grants_end(s->grants, c->volume, GRANT_LOCAL, "its mount is gone");
-        grants_end(s->grants, c->volume, GRANT_ENGINE, "its mount is gone");
+    /* A grant outlives a server that died, whose successor will need it; what nothing else would end does not for long. */
+    for (struct grant *g = grants_first(s->grants); g && c->kind == CONN_VOLUME; g = g->next) {
+        if (g->kind == GRANT_CONTAINER || strcmp(g->volume, c->volume) || served(s, c->volume, c))
+            continue;
+        if (c->locked)
+            grant_end(g, "its mount is gone");
+        else
+            g->unserved_ns = mono_ns();
     }
     close_quiet(c->fd);
     free(c);
@@ -819,10 +835,12 @@ static int on_facts(struct request *r)
 static int on_fs_auth(struct request *r)
 {
     const struct agent_auth *q = r->body;
-    const uint32_t flags = AGENT_AUTH_WANT_KEY | AGENT_AUTH_PROBE | AGENT_AUTH_WRITE | AGENT_AUTH_MAINTENANCE;
+    const uint32_t flags =
+        AGENT_AUTH_WANT_KEY | AGENT_AUTH_PROBE | AGENT_AUTH_WRITE | AGENT_AUTH_MAINTENANCE | AGENT_AUTH_RESUME;
 
     if (q->flags & ~flags)
         return -EPROTO;
+    r->c->locked = false;
     authorise_request(r->s, r->c, r->id, q);
     return 0;
 }
@@ -846,6 +864,7 @@ static int on_fs_locked(struct request *r)
     bool again = c->lock_again;
 
     c->lock_sent = c->lock_again = false;
+    c->locked = true;
     if (again)
         send_lock(c);
     return 0;
@@ -1136,6 +1155,7 @@ static void grants_step(struct server *s, bool event)
         return;
     s->next_check_ns = mono_ns() + CHECK_MS * NS_PER_MS;
     grants_check(s->grants);
+    unserved_check(s);
     windows_check(s);
 }
 

@@ -101,9 +101,10 @@ void adapter_leave(struct auth *a)
 
 void adapter_forget(struct volume *v, uint64_t ino, uint64_t n)
 {
-    n = inodes_forget(ino, n);
-    if (v && n)
-        vol_forget(v, ino, n);
+    uint64_t known = inodes_forget(ino, n);
+
+    if (v && (known || mount_config.takeover))
+        vol_forget(v, ino, mount_config.takeover ? n : known); /* of before, the engine does not know how many */
 }
 
 void adapter_forget_unsent(uint64_t ino)
@@ -222,6 +223,11 @@ static void op_forget_multi(fuse_req_t req, size_t count, struct fuse_forget_dat
     fuse_reply_none(req);
 }
 
+bool adapter_done(struct volume *v)
+{
+    return loop_request()->resent && vol_request_done(v);
+}
+
 int adapter_make(fuse_req_t req, struct volume *v, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,
                  struct vattr *ret)
 {
@@ -231,8 +237,11 @@ int adapter_make(fuse_req_t req, struct volume *v, uint64_t dir, const char *nam
 
     if (rc < 0)
         return rc;
-    rc = name ? vol_mknod(v, dir, name, n.first_mode, rdev, c->uid, c->gid, ret)
-              : vol_tmpfile(v, dir, n.first_mode & 07777, c->uid, c->gid, ret);
+    if (name && adapter_done(v) && vol_lookup(v, dir, name, ret) == 0)
+        rc = 0; /* all but the ACLs, perhaps */
+    else
+        rc = name ? vol_mknod(v, dir, name, n.first_mode, rdev, c->uid, c->gid, ret)
+                  : vol_tmpfile(v, dir, n.first_mode & 07777, c->uid, c->gid, ret);
     if (rc < 0)
         return rc;
     rc = acl_give(v, &n, ret);
@@ -274,7 +283,8 @@ static void op_symlink(fuse_req_t req, const char *target, fuse_ino_t parent, co
     int rc = adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        rc = vol_symlink(v, parent, name, target, c->uid, c->gid, &attr);
+        if (!adapter_done(v) || vol_lookup(v, parent, name, &attr) < 0)
+            rc = vol_symlink(v, parent, name, target, c->uid, c->gid, &attr);
         if (rc == 0)
             inodes_ref(attr.ino);
         adapter_leave(&a);
@@ -290,7 +300,8 @@ static void op_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t parent, const cha
     int rc = adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        rc = vol_link(v, ino, parent, name, &attr);
+        if (!adapter_done(v) || vol_lookup(v, parent, name, &attr) < 0)
+            rc = vol_link(v, ino, parent, name, &attr);
         if (rc == 0)
             inodes_ref(attr.ino);
         adapter_leave(&a);
@@ -305,7 +316,7 @@ static void op_unlink(fuse_req_t req, fuse_ino_t parent, const char *name)
     int rc = adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        rc = vol_unlink(v, parent, name);
+        rc = adapter_done(v) ? 0 : vol_unlink(v, parent, name);
         adapter_leave(&a);
     }
     adapter_reply(req, rc);
@@ -318,7 +329,7 @@ static void op_rmdir(fuse_req_t req, fuse_ino_t parent, const char *name)
     int rc = adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        rc = vol_rmdir(v, parent, name);
+        rc = adapter_done(v) ? 0 : vol_rmdir(v, parent, name);
         adapter_leave(&a);
     }
     adapter_reply(req, rc);
@@ -333,7 +344,9 @@ static void op_rename(fuse_req_t req, fuse_ino_t parent, const char *name, fuse_
     int rc = adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        if (flags & RENAME_WHITEOUT)
+        if (adapter_done(v))
+            rc = 0;
+        else if (flags & RENAME_WHITEOUT)
             rc = vol_rename_whiteout(v, parent, name, newparent, newname, flags & ~RENAME_WHITEOUT, c->uid, c->gid);
         else
             rc = vol_rename(v, parent, name, newparent, newname, flags);

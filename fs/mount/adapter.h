@@ -44,6 +44,8 @@ void adapter_forget(struct volume *v, uint64_t ino, uint64_t n);
 /* The same from outside, for an answer that the kernel did not take. */
 void adapter_forget_unsent(uint64_t ino);
 
+/* Has a server that died done what the request asks for? Its log says so: then only the answer is missing. Inside. */
+bool adapter_done(struct volume *v);
 /* Makes an inode as mknod does (NULL: without a name), with what its directory's default ACL or the caller's umask say.
  * Notes the kernel's reference. Inside. */
 int adapter_make(fuse_req_t req, struct volume *v, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,

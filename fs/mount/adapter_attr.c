@@ -179,10 +179,10 @@ static int set_xattr(fuse_req_t req, struct volume *v, uint64_t ino, const char 
     struct acl a;
 
     if (kind == XATTR_ACL_ACCESS)
-        return acl_set(v, ino, c->uid, c->gid, value, size);
+        return acl_set(v, ino, c->uid, c->gid, value, size); /* may be done twice */
     if (kind == XATTR_ACL_DEFAULT && acl_decode(value, size, &a) < 0)
         return -EINVAL;
-    return vol_setxattr(v, ino, name, value, size, flags);
+    return vol_setxattr(v, ino, name, value, size, adapter_done(v) ? 0 : flags);
 }
 
 void op_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value, size_t size, int flags)
@@ -265,7 +265,7 @@ void op_removexattr(fuse_req_t req, fuse_ino_t ino, const char *name)
     int rc = xattr_kind(name) == XATTR_REFUSED ? -EOPNOTSUPP : adapter_enter(req, LIFE_WRITE, &a, &v);
 
     if (rc == 0) {
-        rc = vol_removexattr(v, ino, name);
+        rc = adapter_done(v) ? 0 : vol_removexattr(v, ino, name);
         adapter_leave(&a);
     }
     adapter_reply(req, rc);

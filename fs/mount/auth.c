@@ -17,9 +17,10 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-#define GRANT_BUCKETS 256u
-#define CACHE_SETS    256u
-#define CACHE_WAYS    4
+#define GRANT_BUCKETS   256u
+#define CACHE_SETS      256u
+#define CACHE_WAYS      4
+#define HANDLES_UNKNOWN (1ull << 48) /* references of handles whose number nobody knows: never used up */
 
 struct grant {
     struct grant *next;
@@ -117,6 +118,16 @@ void auth_grant_unref(struct grant *g)
 {
     pthread_mutex_lock(&auth_lock);
     grant_drop(g);
+    pthread_mutex_unlock(&auth_lock);
+}
+
+void auth_grant_resumed(uint64_t epoch, uint64_t number)
+{
+    struct grant *g = auth_grant_ref(epoch, number);
+
+    pthread_mutex_lock(&auth_lock);
+    if (g)
+        g->refs += HANDLES_UNKNOWN;
     pthread_mutex_unlock(&auth_lock);
 }
 

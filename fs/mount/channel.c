@@ -141,6 +141,7 @@ static int handle_message(struct agent_message *m)
 {
     size_t want = m->head.type == AGENT_FS_AUTH        ? sizeof(m->body.verdict)
                   : m->head.type == AGENT_FS_GRANT_END ? sizeof(m->body.grant)
+                  : m->head.type == AGENT_FS_GRANT     ? sizeof(m->body.grant)
                   : m->head.type == AGENT_FS_SEEN      ? sizeof(m->body.seen)
                                                        : 0;
     int rc = -EPROTO;
@@ -151,10 +152,12 @@ static int handle_message(struct agent_message *m)
             rc = take_verdict(&m->head, &m->body.verdict, m->fds, m->nfds);
         else if (m->head.type == AGENT_FS_GRANT_END)
             auth_end_grant(agent_epoch, m->body.grant.grant);
+        else if (m->head.type == AGENT_FS_GRANT)
+            auth_grant_resumed(agent_epoch, m->body.grant.grant);
         else if (m->head.type == AGENT_FS_SEEN)
             rc = take_seen(&m->head, &m->body.seen);
         pthread_mutex_unlock(&agent_lock);
-        if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_LOCK)
+        if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_GRANT || m->head.type == AGENT_FS_LOCK)
             rc = 0;
         if (m->head.type == AGENT_FS_LOCK) {
             auth_end_all(); /* here, so that a grant that comes next lives */
@@ -402,9 +405,9 @@ void control_send(uint16_t type, uint64_t id, int err, const char *text)
     control_text(type, id, err, text, CONTROL_MS);
 }
 
-void control_ready(void)
+void control_ready(const struct server_init *init)
 {
-    control_packet(SERVER_READY, 0, NULL, 0, CONTROL_MS);
+    control_packet(SERVER_READY, 0, init, init ? sizeof(*init) : 0, CONTROL_MS);
 }
 
 void control_stat(uint64_t id, const struct server_stat *stat)

@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sodium.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -49,6 +50,8 @@ static void finish(bool notify)
     rc = life_lock(loop_session(), notify);
     if (rc < 0)
         control_failed("closing the volume failed: %s; it recovers at its next mount", strerror(-rc));
+    else
+        channel_locked(); /* nobody will take over */
     _exit(rc < 0 ? 1 : 0);
 }
 
@@ -122,9 +125,27 @@ static void serve_control(void)
         pause();
 }
 
+/* Not main: orders are heard meanwhile. */
+static void *take_over(void *arg)
+{
+    int rc;
+
+    (void)arg;
+    life_resume();
+    rc = loop_resend();
+    if (rc == 0)
+        rc = loop_start(on_end);
+    if (rc < 0) {
+        log_err("volume %s: cannot take over: %s", mount_config.name, strerror(-rc));
+        on_end();
+    }
+    return NULL;
+}
+
 static int serve(void)
 {
     struct fuse_session *se = loop_session();
+    const struct server_init *init;
     pthread_t t;
     int rc;
 
@@ -134,12 +155,14 @@ static int serve(void)
     }
     rc = -pthread_create(&t, NULL, locker, NULL);
     if (rc == 0)
-        rc = loop_start(se, on_end);
+        rc = loop_init(se, &init);
+    if (rc == 0)
+        rc = mount_config.takeover ? -pthread_create(&t, NULL, take_over, NULL) : loop_start(on_end);
     if (rc < 0) {
         control_failed("serving the mount cannot start: %s", strerror(-rc));
         return 1;
     }
-    control_ready();
+    control_ready(init);
     serve_control();
     return 0;
 }
@@ -149,7 +172,7 @@ static int serve(void)
 static int usage(void)
 {
     fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
-                    "[--strict] [--data] [--size BYTES]; started by cofferd\n");
+                    "[--strict] [--data] [--size BYTES] [--mount-id HEX] [--takeover HEX]; started by cofferd\n");
     return 2;
 }
 
@@ -164,11 +187,17 @@ int main(int argc, char **argv)
     /* Before anything else can have this number. */
     direct = fcntl(SERVER_FD_DIRECT, F_GETFL);
     mount_config.direct = direct >= 0 && (direct & O_DIRECT);
+    randombytes_buf(&mount_config.mount_id, sizeof(mount_config.mount_id));
     for (int i = 3; i < argc; i++) {
         if (strcmp(argv[i], "--strict") == 0)
             mount_config.strict = true;
         else if (strcmp(argv[i], "--data") == 0)
             args.data = true;
+        else if (strcmp(argv[i], "--mount-id") == 0 && i + 1 < argc)
+            mount_config.mount_id = strtoull(argv[++i], NULL, 16);
+        else if (strcmp(argv[i], "--takeover") == 0 && i + 1 < argc &&
+                 hex_decode(argv[i + 1], (uint8_t *)&mount_config.init, sizeof(mount_config.init)) == 0)
+            mount_config.takeover = true, i++;
         else if (strcmp(argv[i], "--size") == 0 && i + 1 < argc)
             args.size = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--profile") == 0 && i + 1 < argc && strcmp(argv[i + 1], "database") == 0)

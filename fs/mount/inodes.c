@@ -150,7 +150,7 @@ bool inodes_written(uint64_t ino)
 
     pthread_mutex_lock(&inodes_lock);
     s = slot_find(ino);
-    written = s && s->writers;
+    written = mount_config.takeover || (s && s->writers); /* handles of before are not known */
     pthread_mutex_unlock(&inodes_lock);
     return written;
 }

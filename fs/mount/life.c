@@ -169,6 +169,8 @@ static int open_stores(const struct key *key, const struct channel_volume *cv, s
                                .on_damage = control_damage,
                                .seen = cv->seen,
                                .new_branch = cv->accept_rollback,
+                               .mount_id = mount_config.mount_id,
+                               .resumed = mount_config.takeover,
                                .on_checkpoint = channel_seen};
     struct store *data = store_dup(SERVER_FD_DATA, mount_config.direct ? SERVER_FD_DIRECT : -1);
     struct store *log = store_dup(SERVER_FD_LOG, -1);
@@ -180,7 +182,6 @@ static int open_stores(const struct key *key, const struct channel_volume *cv, s
             log->ops->close(log);
         return -EMFILE;
     }
-    randombytes_buf(&o.mount_id, sizeof(o.mount_id));
     return volume_open(data, log, key, cv->params.id, &o, ret);
 }
 
@@ -242,6 +243,21 @@ static int ask_and_open(fuse_req_t req, uint32_t opcode, unsigned flags, bool op
     if (rc < 0)
         auth_put(ret);
     return rc;
+}
+
+void life_resume(void)
+{
+    const struct agent_auth ask = {.flags = AGENT_AUTH_RESUME | AGENT_AUTH_WANT_KEY};
+    struct channel_volume cv;
+    struct key *key = NULL;
+    struct auth a;
+    int rc = channel_ask(NULL, &ask, &a, &key, &cv);
+
+    if (rc == 0 && key)
+        rc = open_volume(key, &cv);
+    key_free(&key);
+    if (rc < 0)
+        log_info("volume %s: its last server died; this one has no grant to go on with", mount_config.name);
 }
 
 /* Enters with a verdict that allows it. -EAGAIN: the volume is not open (any more); -EACCES: the grant has ended. */
@@ -324,6 +340,20 @@ static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
     free(ino);
 }
 
+/* A server that has taken over does not know what the kernel has of before. */
+static void invalidate_unknown(struct fuse_session *se)
+{
+    uint64_t next = VOLUME_ROOT_INO;
+    struct volume *v;
+
+    life_enter_any(&v);
+    if (v && mount_config.takeover)
+        next = vol_next_inode(v);
+    life_leave();
+    for (uint64_t ino = VOLUME_ROOT_INO + 1; ino < next; ino++)
+        fuse_lowlevel_notify_inval_inode(se, ino, 0, 0);
+}
+
 /* Names go before the key: afterwards it would take the entries away from under who has come meanwhile, and detach what
  * is mounted below them. */
 static void invalidate_root_entries(struct fuse_session *se)
@@ -377,6 +407,7 @@ int life_lock(struct fuse_session *se, bool notify)
     if (notify) {
         invalidate_inodes(se, INODES_WRITTEN); /* writes dirty pages and waits for them */
         invalidate_inodes(se, INODES_OPENED);
+        invalidate_unknown(se);
         invalidate_root_entries(se);
     }
     if (!begin_closing())

@@ -49,11 +49,6 @@ struct in_open {
     uint32_t flags, open_flags;
 };
 
-/* The answer begins the same. */
-struct in_init {
-    uint32_t major, minor, max_readahead, flags;
-};
-
 #define OPCODE_SETATTR 4
 #define OPCODE_OPEN    14
 #define OPCODE_WRITE   16
@@ -64,12 +59,17 @@ struct in_init {
 #define SETATTR_KILL   (1u << 11)
 #define OPEN_KILL      (1u << 0)
 #define INIT_KILLPRIV  (1u << 28)
+#define INIT2_RESEND   (1u << 7) /* FUSE_HAS_RESEND: it can send requests again, and marks them with ... */
+#define UNIQUE_RESENT  (1ull << 63)
+#define UNIQUE_INIT    (UNIQUE_RESENT - 2) /* no request's: they are counted up from 2 */
+#define NOTIFY_RESEND  7
 
 static struct fuse_session *session;
 static void (*on_end)(void);
 static atomic_bool ended;
 static _Thread_local struct loop_request request;
 static bool killpriv;
+static struct server_init init; /* as the kernel sent it, with the flags of the answer */
 
 struct loop_request *loop_request(void)
 {
@@ -100,12 +100,14 @@ static void translate(uint8_t *in, size_t n)
         struct in_write write;
         struct in_setattr setattr;
         struct in_open open;
-        struct in_init init;
+        struct server_init init; /* the answer begins the same */
     } u = {0};
 
     memcpy(&h, in, sizeof(h));
     memcpy(&u, in + sizeof(h), MIN(n - sizeof(h), sizeof(u)));
     request.opcode = h.opcode;
+    request.resent = h.unique & UNIQUE_RESENT;
+    vol_request(h.unique & ~UNIQUE_RESENT);
     request.kill_suidgid = false;
     request.tmpfile = false;
     switch (h.opcode) {
@@ -125,6 +127,7 @@ static void translate(uint8_t *in, size_t n)
         break;
     case OPCODE_INIT:
         killpriv = u.init.flags & INIT_KILLPRIV;
+        init = u.init;
         break;
     }
 }
@@ -132,15 +135,15 @@ static void translate(uint8_t *in, size_t n)
 /* Every answer and notification passes here. */
 static ssize_t send_answer(int fd, struct iovec *iov, int count, void *userdata)
 {
-    uint32_t flags;
-
     (void)userdata;
-    if (killpriv && request.opcode == OPCODE_INIT && count == 2 && iov[1].iov_len >= sizeof(struct in_init)) {
-        uint8_t *at = (uint8_t *)iov[1].iov_base + offsetof(struct in_init, flags);
+    if (request.opcode == OPCODE_INIT && count == 2 && iov[1].iov_len >= sizeof(uint32_t) * 4) {
+        uint8_t *at = (uint8_t *)iov[1].iov_base + offsetof(struct server_init, flags);
 
-        memcpy(&flags, at, sizeof(flags));
-        flags |= INIT_KILLPRIV;
-        memcpy(at, &flags, sizeof(flags));
+        memcpy(&init.flags, at, sizeof(init.flags));
+        init.flags |= killpriv ? INIT_KILLPRIV : 0;
+        memcpy(at, &init.flags, sizeof(init.flags));
+        if (mount_config.takeover) /* nobody has asked */
+            return (ssize_t)(iov[0].iov_len + iov[1].iov_len);
     }
     return writev(fd, iov, count);
 }
@@ -193,8 +196,8 @@ static ssize_t next_request(uint8_t *in, bool spin)
  * kernel's own. */
 #define BY_HANDLE (BIT(2) | BIT(16) | BIT(17) | BIT(18) | BIT(25) | BIT(29) | BIT(36) | BIT(42))
 /* READ, FSYNC, FSYNCDIR, FALLOCATE, COPY_FILE_RANGE, SYNCFS: they wait for the disk. */
-#define BLOCKING (BIT(15) | BIT(20) | BIT(30) | BIT(43) | BIT(47) | BIT(50))
-#define BIT(n)   (1ull << (n))
+#define BLOCKING  (BIT(15) | BIT(20) | BIT(30) | BIT(43) | BIT(47) | BIT(50))
+#define BIT(n)    (1ull << (n))
 
 /* A small write goes into memory. */
 #define SMALL_WRITE (40u << 10)
@@ -245,35 +248,59 @@ static void *serve(void *arg)
     return NULL;
 }
 
-/* The mount's first request is FUSE_INIT: answered before anything else is read. */
-static int serve_init(void)
+/* The mount's first request is FUSE_INIT: answered before anything else is read. A later server is told what it was. */
+static ssize_t read_init(uint8_t *in)
 {
+    struct in_header h = {.len = sizeof(h) + sizeof(init), .opcode = OPCODE_INIT, .unique = UNIQUE_INIT};
     struct pollfd p = {.fd = SERVER_FD_FUSE, .events = POLLIN};
-    uint8_t *in = NULL;
-    ssize_t n;
 
-    if (posix_memalign((void **)&in, 4096, IN_BYTES))
-        abort();
-    n = poll(&p, 1, INIT_WAIT_S * 1000) == 1 ? read_one(in) : -ETIMEDOUT;
-    if (n > 0)
-        process(in, (size_t)n);
-    free(in);
-    return n > 0 ? 0 : n < 0 ? (int)n : -EAGAIN;
+    if (!mount_config.takeover)
+        return poll(&p, 1, INIT_WAIT_S * 1000) == 1 ? read_one(in) : -ETIMEDOUT;
+    memcpy(in, &h, sizeof(h));
+    memcpy(in + sizeof(h), &mount_config.init, sizeof(init));
+    translate(in, h.len);
+    return h.len;
 }
 
-int loop_start(struct fuse_session *se, void (*end)(void))
+int loop_init(struct fuse_session *se, const struct server_init **ret_init)
 {
     static const struct fuse_custom_io io = {.writev = send_answer, .read = no_read};
+    uint8_t *in = NULL;
+    ssize_t n;
     int rc;
 
-    on_end = end;
     rc = fuse_session_custom_io(se, &io, SERVER_FD_FUSE);
     if (rc != 0)
         return rc < 0 ? rc : -EINVAL;
     fcntl(SERVER_FD_FUSE, F_SETFL, fcntl(SERVER_FD_FUSE, F_GETFL) | O_NONBLOCK);
-    rc = serve_init();
-    if (rc == 0)
-        rc = lead_start();
+    if (posix_memalign((void **)&in, 4096, IN_BYTES))
+        abort();
+    n = read_init(in);
+    if (n > 0)
+        process(in, (size_t)n);
+    free(in);
+    vol_request(0);
+    *ret_init = init.flags2 & INIT2_RESEND ? &init : NULL;
+    return n > 0 ? 0 : n < 0 ? (int)n : -EAGAIN;
+}
+
+int loop_resend(void)
+{
+    const struct out_header {
+        uint32_t len;
+        int32_t error;
+        uint64_t unique;
+    } h = {.len = sizeof(h), .error = NOTIFY_RESEND};
+
+    return write(SERVER_FD_FUSE, &h, sizeof(h)) == sizeof(h) ? 0 : -errno;
+}
+
+int loop_start(void (*end)(void))
+{
+    int rc;
+
+    on_end = end;
+    rc = lead_start();
     for (unsigned i = 0; i < THREADS && rc == 0; i++) {
         pthread_t t;
 

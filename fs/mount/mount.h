@@ -34,6 +34,9 @@ struct mount_config {
     bool database; /* write-through */
     bool strict;   /* attributes are asked for at every use */
     bool direct;   /* SERVER_FD_DIRECT is there */
+    bool takeover; /* another server of this mount died: init is what it had agreed on with the kernel */
+    struct server_init init;
+    uint64_t mount_id;
 };
 extern struct mount_config mount_config;
 
@@ -63,6 +66,8 @@ bool auth_live(const struct auth *a);
 /* A reference on the grant; called by channel.c in the order of the agent's messages. NULL for number 0. */
 struct grant *auth_grant_ref(uint64_t epoch, uint64_t number);
 void auth_grant_unref(struct grant *g);
+/* A live grant of before this server: handles that it does not know were opened under it. */
+void auth_grant_resumed(uint64_t epoch, uint64_t number);
 
 /* Handles: fh of a new one (0: the grant has ended meanwhile), whether it may still be used, and its end. */
 uint64_t auth_handle_open(const struct auth *a);
@@ -102,7 +107,7 @@ void channel_renew(int fd_take);
 void channel_locked(void);
 
 void control_send(uint16_t type, uint64_t id, int err, const char *text); /* a message with struct agent_reply */
-void control_ready(void);
+void control_ready(const struct server_init *init); /* NULL: nobody can take over */
 void control_progress(uint64_t id, uint64_t done, uint64_t total);
 void control_stat(uint64_t id, const struct server_stat *stat);
 /* For struct volume_options: logs and reports. */
@@ -137,6 +142,8 @@ bool life_is_open(void);
  * open instead. notify false: the mount is gone. Never from a thread that serves requests. 0, or
  * the error of volume_close. */
 int life_lock(struct fuse_session *se, bool notify);
+/* Opens the volume on the strength of the grants that live on from the mount's last server, if there are any. */
+void life_resume(void);
 /* Ends all grants; nothing is opened from now on. */
 void life_stop(void);
 
@@ -157,8 +164,12 @@ size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_r
 /* --- loop.c --- */
 
 struct fuse_session *loop_session(void);
+/* Answers FUSE_INIT; *ret_init is what was agreed on, or NULL where the kernel cannot send requests again. */
+int loop_init(struct fuse_session *se, const struct server_init **ret_init);
+/* Has the kernel send again what the mount's last server had not answered. */
+int loop_resend(void);
 /* Starts the threads on SERVER_FD_FUSE. on_end is called once, when the mount is gone. */
-int loop_start(struct fuse_session *se, void (*on_end)(void));
+int loop_start(void (*on_end)(void));
 
 /* What a thread's request is, beyond what libfuse tells an operation. */
 struct loop_request {
@@ -166,6 +177,7 @@ struct loop_request {
     uint32_t opcode;    /* the kernel's */
     bool kill_suidgid;  /* WRITE, SETATTR, OPEN: the change of content ends set-id bits */
     bool tmpfile;       /* CREATE is really TMPFILE */
+    bool resent;        /* a server that died may have done it */
 };
 struct loop_request *loop_request(void);
 /* Has the kernel left it to us to end set-id bits (FUSE_HANDLE_KILLPRIV_V2)? */

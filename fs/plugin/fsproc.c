@@ -27,10 +27,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define READY_MS        10000
-#define REFRESH_MIN_MS  500
-#define CLOSED_MS       1000 /* between the end of its channel and its own */
-#define DAMAGE_BURST    20 /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
+#define READY_MS         10000
+#define REFRESH_MIN_MS   500
+#define CLOSED_MS        1000 /* between the end of its channel and its own */
+#define DAMAGE_BURST     20   /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
 #define DAMAGE_PERIOD_MS 60000
 
 enum fsproc_state { FS_STARTING, FS_SERVING, FS_STOPPING, FS_GONE, FS_STATES };
@@ -59,11 +59,13 @@ struct fsproc {
     void *ctx;
     char failed[AGENT_TEXT_MAX]; /* what SERVER_FAILED said */
     int exit_status;
+    bool has_init;
+    struct server_init init;
     bool want_stat;
-    int64_t asked_stat;   /* mono_ns */
+    int64_t asked_stat; /* mono_ns */
     uint64_t stats_seen;
     struct server_stat stat;
-    struct task *task;    /* under way */
+    struct task *task; /* under way */
     uint64_t next_id;
     uint64_t agent_generation;
 };
@@ -102,13 +104,21 @@ static const struct {
     enum fsproc_state next;
     bool died; /* tell the owner */
 } steps[FS_STATES][FS_EVENTS] = {
-    [FS_STARTING] = {[EV_READY] = {FS_SERVING, false}, [EV_FAILED] = {FS_STARTING, false},
-                     [EV_STOP] = {FS_STOPPING, false}, [EV_EXITED] = {FS_GONE, false}},
-    [FS_SERVING] = {[EV_READY] = {FS_SERVING, false}, [EV_FAILED] = {FS_SERVING, false},
-                    [EV_STOP] = {FS_STOPPING, false}, [EV_EXITED] = {FS_GONE, true}},
-    [FS_STOPPING] = {[EV_READY] = {FS_STOPPING, false}, [EV_FAILED] = {FS_STOPPING, false},
-                     [EV_STOP] = {FS_STOPPING, false}, [EV_EXITED] = {FS_GONE, false}},
-    [FS_GONE] = {[EV_READY] = {FS_GONE, false}, [EV_FAILED] = {FS_GONE, false}, [EV_STOP] = {FS_GONE, false},
+    [FS_STARTING] = {[EV_READY] = {FS_SERVING, false},
+                     [EV_FAILED] = {FS_STARTING, false},
+                     [EV_STOP] = {FS_STOPPING, false},
+                     [EV_EXITED] = {FS_GONE, false}},
+    [FS_SERVING] = {[EV_READY] = {FS_SERVING, false},
+                    [EV_FAILED] = {FS_SERVING, false},
+                    [EV_STOP] = {FS_STOPPING, false},
+                    [EV_EXITED] = {FS_GONE, true}},
+    [FS_STOPPING] = {[EV_READY] = {FS_STOPPING, false},
+                     [EV_FAILED] = {FS_STOPPING, false},
+                     [EV_STOP] = {FS_STOPPING, false},
+                     [EV_EXITED] = {FS_GONE, false}},
+    [FS_GONE] = {[EV_READY] = {FS_GONE, false},
+                 [EV_FAILED] = {FS_GONE, false},
+                 [EV_STOP] = {FS_GONE, false},
                  [EV_EXITED] = {FS_GONE, false}},
 };
 
@@ -204,6 +214,17 @@ struct process fsproc_process(const struct fsproc *p)
     return p->process;
 }
 
+bool fsproc_init(struct fsproc *p, struct server_init *ret)
+{
+    bool has;
+
+    pthread_mutex_lock(&p->lock);
+    has = p->has_init;
+    *ret = p->init;
+    pthread_mutex_unlock(&p->lock);
+    return has;
+}
+
 static void kick(struct fsproc *p)
 {
     uint64_t one = 1;
@@ -285,6 +306,7 @@ static bool take_message(struct fsproc *p)
         struct agent_reply reply;
         struct server_stat stat;
         struct server_progress progress;
+        struct server_init init;
     } body;
     char text[AGENT_TEXT_MAX];
     struct msg_head head;
@@ -294,7 +316,12 @@ static bool take_message(struct fsproc *p)
         return true;
     if (rc < 0)
         return false;
-    if (head.type == SERVER_READY && head.len == 0) {
+    if (head.type == SERVER_READY && (head.len == 0 || head.len == sizeof(body.init))) {
+        pthread_mutex_lock(&p->lock);
+        p->has_init = head.len != 0;
+        if (p->has_init)
+            p->init = body.init;
+        pthread_mutex_unlock(&p->lock);
         step(p, EV_READY);
     } else if (head.type == SERVER_STAT && head.len == sizeof(body.stat)) {
         take_stat(p, &body.stat);
@@ -431,8 +458,12 @@ static void log_missing_privilege(void)
 static int start_process(const char *const *argv, const int *fds, int nfds, struct process *ret, int *ret_pidfd,
                          struct why *why)
 {
-    struct spawn s = {.program = "coffer-fs", .argv = argv, .nfds = nfds, .uid = plugin_config.fs_uid,
-                      .gid = plugin_config.fs_gid, .io_flusher = true};
+    struct spawn s = {.program = "coffer-fs",
+                      .argv = argv,
+                      .nfds = nfds,
+                      .uid = plugin_config.fs_uid,
+                      .gid = plugin_config.fs_gid,
+                      .io_flusher = true};
     int rc;
 
     memcpy(s.fds, fds, sizeof(int) * (size_t)nfds);
@@ -474,7 +505,8 @@ static void take_channel(struct fsproc *p, int fd)
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
                  const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why)
 {
-    const char *argv[8] = {"coffer-fs", "serve", name, NULL};
+    const char *argv[12] = {"coffer-fs", "serve", name, NULL};
+    char init[2 * sizeof(struct server_init) + 1], mount_id[17];
     int pair[2], n = 3, rc;
     struct fsproc *p;
 
@@ -484,6 +516,14 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     }
     if (strict)
         argv[n++] = "--strict";
+    snprintf(mount_id, sizeof(mount_id), "%llx", (unsigned long long)fds->mount_id);
+    argv[n++] = "--mount-id";
+    argv[n++] = mount_id;
+    if (fds->takeover) {
+        hex_encode((const uint8_t *)fds->takeover, sizeof(*fds->takeover), init);
+        argv[n++] = "--takeover";
+        argv[n++] = init;
+    }
     argv[n] = NULL;
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
         return why_set(why, -errno, "socketpair: %s", strerror(errno));
@@ -491,8 +531,7 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     take_channel(p, pair[0]);
     p->agent_generation = fds->agent_generation;
     rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->direct},
-                       fds->direct < 0 ? 5 : 6, &p->process,
-                       &p->pidfd, why);
+                       fds->direct < 0 ? 5 : 6, &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0) {
         fsproc_unref(p);

@@ -26,6 +26,8 @@ struct fsproc_fds {
     int agent, data, log, fuse;
     int direct; /* or -1 */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
+    uint64_t mount_id;
+    const struct server_init *takeover; /* of the mount's last server, which died; NULL: a new mount */
 };
 
 /*
@@ -43,6 +45,8 @@ void fsproc_unref(struct fsproc *p);
 /* False for one that an earlier cofferd started: it cannot be asked or told anything. */
 bool fsproc_has_channel(const struct fsproc *p);
 struct process fsproc_process(const struct fsproc *p);
+/* What another server needs to take over the mount. False: it cannot be. */
+bool fsproc_init(struct fsproc *p, struct server_init *ret);
 /* The end is expected from now on: it is not `died` any more. */
 void fsproc_expect_end(struct fsproc *p);
 /* Tells it to flush and exit (SIGTERM where there is no channel). */

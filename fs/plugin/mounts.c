@@ -8,6 +8,9 @@
  *                    v   |                                      |
  *                    FAILED <---(while held)--------------------+--- (not held: IDLE)
  *
+ * A server that died is followed by another on the same connection (take_over): meanwhile the mount is FAILED and fuse_fd
+ * is open. Only where that does not work is it mounted anew.
+ *
  * Invariants:
  *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has.
  *  2. Nobody's data goes to the host's disk in the clear: a mountpoint exists only while something is mounted there, so
@@ -43,6 +46,8 @@
 #define ENGINE_GRACE_MS 60000 /* after which a dead engine's counts are dropped */
 #define HEALTHY_MS      60000 /* a server that lived so long does not count as dying in a row */
 #define RESTARTS_MAX    6
+#define TAKEOVER_MS     60000 /* until a mount whose server died is given up; DESIGN section 5 */
+#define DEATHS_MS       10000 /* ARRAY_LEN(death_ns) deaths in that time: the next server would die, too */
 
 /* Podman, whose every command is a process of its own, mounts all with this one ID and counts by itself. */
 #define PODMAN_ID "2f73349cfc4630255319c6c8dfc1b46a8996ace9d14d8e07563b165915918ec2"
@@ -338,6 +343,65 @@ static bool used_elsewhere(struct plugin_volume *v)
 
 /* --- what the server's thread tells --- */
 
+/* The next one can go on with the mount, and whoever waits for an answer gets it. op_lock held. */
+static bool can_take_over(struct plugin_volume *v, const char *how)
+{
+    /* One that finds its mount gone ends by itself. */
+    return v->fuse_fd >= 0 && v->has_init && strncmp(how, "exit status 0", 13) != 0;
+}
+
+/* Notes a death. False: there were too many in a short time. op_lock held. */
+static bool death_allowed(struct plugin_volume *v)
+{
+    memmove(v->death_ns, v->death_ns + 1, sizeof(v->death_ns) - sizeof(v->death_ns[0]));
+    v->death_ns[ARRAY_LEN(v->death_ns) - 1] = mono_ns();
+    return !v->death_ns[0] || mono_ns() - v->death_ns[0] > (int64_t)DEATHS_MS * 1000000;
+}
+
+/* Ends the connection, so that nobody waits for ever: a thread of the dead server may keep the device open. op_lock held. */
+static void fuse_abort(struct plugin_volume *v)
+{
+    char *path = mounts_path(v), dev[MOUNT_DEV_MAX], *abort;
+    const char *minor;
+    int fd = -1;
+
+    if (mountinfo_device(path, dev) == 0 && (minor = strchr(dev, ':'))) {
+        abort = xasprintf("/sys/fs/fuse/connections/%s/abort", minor + 1);
+        fd = open(abort, O_WRONLY | O_CLOEXEC);
+        if (fd < 0 || write_full(fd, "1", 1) < 0)
+            log_info("cannot write %s", abort);
+        close_quiet(fd);
+        free(abort);
+    }
+    free(path);
+}
+
+/* Starts servers on the mount until one goes on with it. False when none did in time. */
+static bool take_over(struct plugin_volume *v)
+{
+    int64_t end = mono_ns() + (int64_t)TAKEOVER_MS * 1000000;
+    struct why why = {""};
+    int rc = -ESHUTDOWN;
+    bool mine;
+
+    do {
+        pthread_mutex_lock(&v->op_lock);
+        mine = v->mount == MOUNT_FAILED && v->fuse_fd >= 0;
+        if (mine && !is_going_down())
+            rc = server_start(v, &why);
+        if (mine && rc == 0) {
+            registry_save();
+            log_info("volume %s: a new server has taken over", v->name);
+        }
+        pthread_mutex_unlock(&v->op_lock);
+        if (!mine || rc == 0)
+            return true; /* or somebody else has started or ended it */
+        log_err("volume %s: no server can take over yet: %s", v->name, why.text);
+        sleep_ms(500);
+    } while (mono_ns() < end && !is_going_down());
+    return false;
+}
+
 /* Its server has ended and is not replaced: what is left of the mount goes. op_lock held. */
 static void finish(struct plugin_volume *v)
 {
@@ -352,7 +416,8 @@ static void server_died(void *ctx, struct fsproc *p, const char *how)
     bool mine, expected;
 
     pthread_mutex_lock(&v->op_lock);
-    mine = v->fs == p;
+    /* Or ensure_mounted has seen its end, too, and could not start another. */
+    mine = v->fs == p || (!v->fs && v->mount == MOUNT_FAILED && v->fuse_fd >= 0);
     expected = v->mount == MOUNT_STOPPING;
     if (mine && !expected) {
         char *text = xasprintf("coffer-fs (pid %d): %s", (int)fsproc_process(p).pid, how);
@@ -360,8 +425,21 @@ static void server_died(void *ctx, struct fsproc *p, const char *how)
         log_err("volume %s: %s died: %s", v->name, "coffer-fs", how);
         agent_note(v->name, "server-died", text);
         free(text);
-        v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
-        unbind_all(v);
+        if (death_allowed(v) && can_take_over(v, how)) {
+            set_server(v, NULL, MOUNT_FAILED);
+            pthread_mutex_unlock(&v->op_lock);
+            if (take_over(v))
+                return;
+            pthread_mutex_lock(&v->op_lock);
+            mine = v->mount == MOUNT_FAILED && v->fuse_fd >= 0;
+        }
+        if (mine) {
+            v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
+            memset(v->death_ns, 0, sizeof(v->death_ns));
+            log_err("volume %s: its mount is given up", v->name);
+            fuse_abort(v);
+            unbind_all(v);
+        }
     }
     if (mine)
         finish(v);
@@ -400,17 +478,15 @@ static void server_free(void *ctx)
 
 static void server_tick(void *ctx, struct fsproc *p);
 
-static const struct fsproc_owner server_owner = {.died = server_died,
-                                                 .ended = server_ended,
-                                                 .tick = server_tick,
-                                                 .unlocked = server_unlocked,
-                                                 .free = server_free};
+static const struct fsproc_owner server_owner = {
+    .died = server_died, .ended = server_ended, .tick = server_tick, .unlocked = server_unlocked, .free = server_free};
 
 /* --- starting a server; op_lock held --- */
 
 static int server_start(struct plugin_volume *v, struct why *why)
 {
-    struct fsproc_fds fds = {-1, -1, -1, -1, -1, supervisor_generation()};
+    struct fsproc_fds fds = {-1, -1, -1, -1, -1, supervisor_generation(), 0, NULL};
+    bool takeover = v->fuse_fd >= 0;
     struct plugin_volume *ref = NULL;
     struct fsproc *fs = NULL;
     int rc;
@@ -418,10 +494,15 @@ static int server_start(struct plugin_volume *v, struct why *why)
     rc = mounts_open_backing(v, &fds.data, &fds.log, why);
     if (rc == 0)
         fds.direct = open_direct(fds.data);
-    if (rc == 0)
-        rc = fuse_mount(v, &fds.fuse, why);
+    if (rc == 0 && !takeover) {
+        randombytes_buf(&v->mount_id, sizeof(v->mount_id));
+        rc = fuse_mount(v, &v->fuse_fd, why);
+    }
     if (rc < 0)
         goto out;
+    fds.fuse = v->fuse_fd;
+    fds.mount_id = v->mount_id;
+    fds.takeover = takeover ? &v->init : NULL;
     rc = agent_bind(v->name, AGENT_PURPOSE_SERVE, &fds.agent, why);
     if (rc < 0)
         goto unmount;
@@ -431,20 +512,19 @@ static int server_start(struct plugin_volume *v, struct why *why)
     if (rc < 0)
         goto unmount;
     ref = NULL; /* the server's thread has it now */
-    v->fuse_fd = fds.fuse;
-    fds.fuse = -1;
+    v->has_init = fsproc_init(fs, &v->init);
     v->started_ns = mono_ns();
     set_server(v, fs, MOUNT_SERVING);
     goto out;
 unmount:
-    fuse_detach(v);
+    if (!takeover)
+        fuse_detach(v);
 out:
     registry_unref(ref);
     close_quiet(fds.agent);
     close_quiet(fds.data);
     close_quiet(fds.direct);
     close_quiet(fds.log);
-    close_quiet(fds.fuse);
     return rc;
 }
 
@@ -452,8 +532,12 @@ static int ensure_mounted(struct plugin_volume *v, struct why *why)
 {
     /* A server that has just died, before its thread got to say so. */
     if (v->fs && v->mount != MOUNT_STOPPING && fsproc_wait_end(v->fs, 0) == 0) {
-        unbind_all(v);
-        finish(v);
+        if (v->fuse_fd >= 0 && v->has_init) {
+            set_server(v, NULL, MOUNT_FAILED);
+        } else {
+            unbind_all(v);
+            finish(v);
+        }
     }
     if (v->mount == MOUNT_STOPPING) {
         if (fsproc_wait_end(v->fs, LOG_LOCK_MS) < 0)
@@ -519,8 +603,8 @@ static int stop_server(struct plugin_volume *v, struct why *why)
 }
 
 enum urgency {
-    POLITE,  /* a mount that is busy, or lives in another namespace, stays (LINGERING) */
-    NORMAL,  /* one that lives in another namespace stays; a busy one is detached */
+    POLITE, /* a mount that is busy, or lives in another namespace, stays (LINGERING) */
+    NORMAL, /* one that lives in another namespace stays; a busy one is detached */
     FORCED,
 };
 
@@ -531,6 +615,8 @@ static int teardown(struct plugin_volume *v, enum urgency urgency, struct why *w
     int rc = 0;
 
     if (v->mount == MOUNT_IDLE || v->mount == MOUNT_FAILED) {
+        if (v->fuse_fd >= 0)
+            fuse_abort(v);
         finish(v);
         return 0;
     }
@@ -668,8 +754,8 @@ static bool has_dead_engine(struct plugin_volume *v)
 
     pthread_mutex_lock(&registry_lock);
     for (size_t i = 0; i < v->nholders && !dead; i++)
-        dead = !v->holders[i].local && strcmp(v->holders[i].id, PODMAN_ID) != 0 &&
-               !process_alive(&v->holders[i].engine);
+        dead =
+            !v->holders[i].local && strcmp(v->holders[i].id, PODMAN_ID) != 0 && !process_alive(&v->holders[i].engine);
     pthread_mutex_unlock(&registry_lock);
     return dead;
 }
@@ -1052,8 +1138,10 @@ void mounts_agent_up(void)
         if (rc < 0)
             log_info("volume %s: no channel to the new agent yet: %s", v->name, strerror(-rc));
         if (fs && generation > 1 && !fsproc_has_channel(fs))
-            log_err("volume %s: its server, started by an earlier cofferd, cannot reach the new agent: what needs a new "
-                    "grant is refused until it is unmounted and mounted again", v->name);
+            log_err(
+                "volume %s: its server, started by an earlier cofferd, cannot reach the new agent: what needs a new "
+                "grant is refused until it is unmounted and mounted again",
+                v->name);
         fsproc_unref(fs);
         pthread_mutex_lock(&registry_lock);
         failed = v->mount == MOUNT_FAILED;

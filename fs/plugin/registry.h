@@ -10,6 +10,7 @@
 #define COFFER_PLUGIN_REGISTRY_H
 
 #include "common.h"
+#include "coffer/server.h"
 
 struct fsproc;
 
@@ -46,7 +47,11 @@ struct plugin_volume {
     char name[AGENT_NAME_MAX];
     pthread_mutex_t op_lock;
     int fuse_fd;                   /* (op_lock) the mount's /dev/fuse, or -1 */
-    unsigned deaths;               /* (op_lock) of its servers, one soon after the other */
+    bool has_init;                 /* (op_lock) init is known: another server can take over from one that died */
+    struct server_init init;       /* (op_lock) */
+    uint64_t mount_id;             /* (op_lock) random, of the mount */
+    int64_t death_ns[5];           /* (op_lock) mono_ns of its last servers' deaths, the oldest first; 0: none */
+    unsigned deaths;               /* (op_lock) of mounts with their servers, one soon after the other */
     int64_t started_ns;            /* (op_lock) mono_ns of the last server's start */
     int64_t engine_dead_ns;        /* (op_lock) since when a holder's engine is seen dead, mono_ns, or 0 */
     unsigned refs;                 /* (R) */

@@ -16,6 +16,7 @@
 #include "fs/volume/checkpoint.h"
 
 #include "fs/volume/log.h"
+#include "fs/volume/requests.h"
 #include "fs/volume/space.h"
 
 #include <stdlib.h>
@@ -24,6 +25,7 @@ struct frozen {
     struct tree_page *pages;
     size_t n;
     struct disk_super super;
+    struct requests_carried requests;
 };
 
 /* --- freeze --- */
@@ -128,6 +130,8 @@ static int freeze(struct volume *v, unsigned flags, struct frozen *f)
     v->generation++;
     f->super.generation = le64_make(v->generation);
     f->super.sequence = le64_make(log_switch(v->log, v->generation));
+    if (!(flags & CHECKPOINT_CLEAN))
+        requests_carry(v, &f->requests);
     f->super.root_level = le32_make(level);
     f->super.data_units = le64_make(space_regions(v->space) * REGION_UNITS);
     f->super.used_units = le64_make(space_used(v->space));
@@ -235,6 +239,9 @@ int checkpoint_run(struct volume *v, unsigned flags)
     f.super = v->super;
     rc = freeze(v, flags, &f);
     pthread_rwlock_unlock(&v->state);
+    /* At once: other records wait for it. */
+    if (rc == 0)
+        rc = requests_write(v, &f.requests);
     if (rc == 0 && v->failed)
         rc = -EIO;
     if (rc == 0)

@@ -12,6 +12,8 @@
  */
 #include "fs/volume/log.h"
 
+#include "fs/volume/requests.h"
+
 #include <stdlib.h>
 
 #define INFLIGHT_MAX 1024 /* records reserved and not yet written; more than there can be threads */
@@ -131,6 +133,7 @@ static int put_record(struct volume *v, const struct log_slot *slot, enum record
     struct disk_record head = {.type = le16_make((uint16_t)type), .sequence = le64_make(slot->sequence),
                                .flushed = le64_make(flushed), .data_flushed = le64_make(data_flushed),
                                .mount_id = le64_make(v->options.mount_id),
+                               .request = le64_make(type == RECORD_CHANGES ? request_id() : 0),
                                .payload_sectors = le32_make((uint32_t)(slot->payload / SECTOR_BYTES))};
     uint64_t segment = slot->generation % LOG_SEGMENTS;
     uint8_t *buf = xmalloc(slot->bytes);

@@ -17,6 +17,7 @@
 
 #include "fs/volume/log.h"
 #include "fs/volume/repair.h"
+#include "fs/volume/requests.h"
 #include "fs/volume/space.h"
 #include "fs/volume/tx.h"
 
@@ -244,7 +245,8 @@ static int for_each_fresh(struct volume *v, struct record *r, fresh_fn visit)
     return 0;
 }
 
-static bool in_payload(const struct volume *v, const struct record *r, unsigned index, size_t off, const struct extent *e)
+static bool in_payload(const struct volume *v, const struct record *r, unsigned index, size_t off,
+                       const struct extent *e)
 {
     return index < 32 && off + (size_t)e->chunks * v->block <= (size_t)le32_get(r->head.payload_sectors) * SECTOR_BYTES;
 }
@@ -322,6 +324,8 @@ int recovery_replay(struct volume *v)
             rc = tx_replay(v, r->body, le32_get(r->head.body_bytes));
         if (rc == 0 && le32_get(r->head.payload_sectors))
             rc = for_each_fresh(v, r, put_back);
+        if (v->options.resumed && le64_get(r->head.mount_id) == v->options.mount_id)
+            requests_recover(v, &r->head, r->body);
         if (rc < 0)
             volume_damage(v, "log: record %llu cannot be applied (%s)", (unsigned long long)r->sequence, strerror(-rc));
     }
@@ -360,6 +364,7 @@ void recovery_orphans(struct volume *v)
 
     for (ino = 0; next_of_kind(v, ITEM_TRIM, ino, &ino) == 0; ino++)
         file_finish_trim(v, ino);
-    for (ino = 0; next_of_kind(v, ITEM_ORPHAN, ino, &ino) == 0; ino++)
+    /* The kernel may have them open. */
+    for (ino = 0; !v->options.resumed && next_of_kind(v, ITEM_ORPHAN, ino, &ino) == 0; ino++)
         file_destroy(v, ino);
 }

@@ -1,5 +1,5 @@
 /* refs.c - how many references FUSE holds on each inode (its lookup count). A hash table of its own mutex, in memory
- * only: after a restart nobody holds anything. */
+ * only: after a restart nobody holds anything, unless a kernel goes on that nobody can ask what it holds. */
 #include "fs/volume/state.h"
 
 #include <stdlib.h>
@@ -7,12 +7,14 @@
 struct ref {
     struct ref *next;
     uint64_t ino, count;
+    bool more; /* of before the restart, how many is not known */
 };
 
 struct refs {
     pthread_mutex_t mutex;
     struct ref **bucket;
     size_t buckets, n; /* buckets is a power of two */
+    uint64_t unknown;  /* inodes below that are not in the table may be held */
 };
 
 struct refs *refs_new(void)
@@ -74,38 +76,55 @@ static void rehash(struct refs *r)
     r->buckets = buckets;
 }
 
+/* [mutex] ino's entry, made if need be. */
+static struct ref *get(struct refs *r, uint64_t ino)
+{
+    struct ref **e = find(r, ino), *made;
+
+    if (*e)
+        return *e;
+    made = *e = xcalloc(1, sizeof(*made));
+    made->ino = ino;
+    made->more = ino < r->unknown;
+    if (++r->n > r->buckets)
+        rehash(r);
+    return made;
+}
+
+void refs_unknown_below(struct refs *r, uint64_t ino)
+{
+    r->unknown = ino;
+}
+
 void refs_add(struct refs *r, uint64_t ino, uint64_t n)
 {
-    struct ref **e;
-
     pthread_mutex_lock(&r->mutex);
-    e = find(r, ino);
-    if (!*e) {
-        struct ref *made = xcalloc(1, sizeof(*made));
-
-        made->ino = ino;
-        *e = made;
-        r->n++;
-    }
-    (*e)->count += n;
-    if (r->n > r->buckets)
-        rehash(r);
+    get(r, ino)->count += n;
     pthread_mutex_unlock(&r->mutex);
 }
 
+/* The kernel gives back all references of an inode at once: whoever gives back as many as are counted here keeps none. */
 bool refs_drop(struct refs *r, uint64_t ino, uint64_t n)
 {
-    struct ref **e;
+    struct ref **e, *gone;
     bool last = true;
 
     pthread_mutex_lock(&r->mutex);
+    if (ino < r->unknown) {
+        struct ref *old = get(r, ino);
+
+        last = old->count <= n;
+        old->count -= MIN(n, old->count);
+        old->more &= !last;
+        pthread_mutex_unlock(&r->mutex);
+        return last;
+    }
     e = find(r, ino);
     if (*e) {
         last = (*e)->count <= n;
         (*e)->count -= MIN(n, (*e)->count);
         if (last) {
-            struct ref *gone = *e;
-
+            gone = *e;
             *e = gone->next;
             free(gone);
             r->n--;
@@ -117,10 +136,12 @@ bool refs_drop(struct refs *r, uint64_t ino, uint64_t n)
 
 bool refs_held(struct refs *r, uint64_t ino)
 {
+    const struct ref *e;
     bool held;
 
     pthread_mutex_lock(&r->mutex);
-    held = *find(r, ino) != NULL;
+    e = *find(r, ino);
+    held = e ? e->count || e->more : ino < r->unknown;
     pthread_mutex_unlock(&r->mutex);
     return held;
 }

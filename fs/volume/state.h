@@ -51,6 +51,9 @@ struct volume {
     _Atomic uint64_t next_extent;
     uint64_t inodes;           /* [state] */
     struct refs *refs;         /* own mutex, below the state lock */
+    uint64_t *answered;        /* [state] requests of this mount whose records recovery found (options.resumed) */
+    size_t nanswered;          /* [state] */
+    int64_t answered_ns;       /* mono_ns of that */
 
     struct space *space;
     struct log *log;
@@ -136,6 +139,8 @@ void refs_add(struct refs *r, uint64_t ino, uint64_t n);
 /* Drops n; true when none is left. */
 bool refs_drop(struct refs *r, uint64_t ino, uint64_t n);
 bool refs_held(struct refs *r, uint64_t ino);
+/* Inodes below may be held without a trace here, until refs_drop gives back all that is known. */
+void refs_unknown_below(struct refs *r, uint64_t ino);
 
 /* --- data (file.c) --- */
 

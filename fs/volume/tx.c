@@ -6,6 +6,7 @@
 
 #include "fs/volume/checkpoint.h"
 #include "fs/volume/log.h"
+#include "fs/volume/requests.h"
 #include "fs/volume/space.h"
 
 #include <stdlib.h>
@@ -247,6 +248,7 @@ int tx_commit(struct tx *tx)
     for (size_t i = 0; i < tx->changes && !tx->payload_bytes; i++)
         with_data |= tx->change[i].op == CHANGE_ALLOC;
     log_reserve(v->log, tx->body_len, tx->payload_bytes, with_data, &slot);
+    request_committed();
     for (size_t i = 0; i < tx->changes && rc == 0; i++) {
         const struct tx_change *c = &tx->change[i];
 

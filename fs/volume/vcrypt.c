@@ -239,8 +239,8 @@ static int state_at(const struct vkeys *k, const struct extent *e, unsigned firs
     return 0;
 }
 
-int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n, uint8_t *cipher,
-                uint8_t *plain)
+int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n,
+                uint8_t *cipher, uint8_t *plain)
 {
     struct extent_ad ad = extent_ad(k, e);
     stream_state state;
@@ -408,10 +408,11 @@ static bool head_ok(const struct disk_record *h, size_t avail)
     size_t n = le32_get(h->body_bytes), sectors = le32_get(h->sectors), payload = le32_get(h->payload_sectors);
     uint16_t type = le16_get(h->type);
 
-    return (type == RECORD_CHANGES || type == RECORD_FLUSH) && n <= RECORD_BODY_MAX &&
+    return (type == RECORD_CHANGES || type == RECORD_FLUSH || type == RECORD_REQUESTS) && n <= RECORD_BODY_MAX &&
            payload <= PAYLOAD_MAX / SECTOR_BYTES && (n || !payload) &&
            sectors * SECTOR_BYTES == record_bytes(n) + payload * SECTOR_BYTES && sectors * SECTOR_BYTES <= avail &&
-           le16_get(h->reserved) == 0 && le64_get(h->reserved3) == 0 && (type != RECORD_FLUSH || n == 0);
+           le16_get(h->reserved) == 0 && le64_get(h->reserved3) == 0 && (type != RECORD_FLUSH || n == 0) &&
+           (type != RECORD_REQUESTS || (n % sizeof(le64) == 0 && !payload));
 }
 
 int record_open(const struct vkeys *k, uint64_t generation, uint64_t sector, const uint8_t *in, size_t avail,

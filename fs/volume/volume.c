@@ -168,6 +168,7 @@ static void volume_free(struct volume *v)
     space_free(v->space);
     log_free(v->log);
     refs_free(v->refs);
+    free(v->answered);
     vkeys_free(v->keys);
     pthread_rwlock_destroy(&v->state);
     for (unsigned i = 0; i < INODE_STRIPES; i++)
@@ -374,6 +375,16 @@ static int load_state(struct volume *v)
     return rc;
 }
 
+uint64_t vol_next_inode(struct volume *v)
+{
+    uint64_t next;
+
+    pthread_rwlock_rdlock(&v->state);
+    next = v->next_inode;
+    pthread_rwlock_unlock(&v->state);
+    return next;
+}
+
 static void *background(void *arg);
 
 int volume_open(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
@@ -387,6 +398,8 @@ int volume_open(struct store *data, struct store *log, const struct key *key, co
         rc = vkeys_derive(key, id, &v->keys);
     if (rc == 0)
         rc = load_state(v);
+    if (rc == 0 && v->options.resumed)
+        refs_unknown_below(v->refs, v->next_inode);
     if (rc == 0 && !v->read_only) {
         rc = checkpoint_run(v, CHECKPOINT_FORCE);
         if (rc == 0)

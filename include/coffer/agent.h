@@ -58,6 +58,8 @@ enum agent_type {
     AGENT_ACCEPT_ROLLBACK, /* control: struct agent_name: the volume's next opening accepts an older state */
     AGENT_FS_SEEN,       /* volume: struct volume_seen of a checkpoint that is durable -> AGENT_FS_SEEN with struct
                             agent_seen_done */
+    AGENT_FS_GRANT,      /* volume: keyd -> coffer-fs: struct agent_grant, one that lives; comes before the verdict on
+                            AGENT_AUTH_RESUME */
 };
 
 struct agent_reply {
@@ -188,6 +190,8 @@ enum agent_auth_flags {
     AGENT_AUTH_PROBE = 1 << 1,    /* a stat of the root: a refusal is normal and not audited */
     AGENT_AUTH_WRITE = 1 << 2,    /* the request changes something */
     AGENT_AUTH_MAINTENANCE = 1 << 3, /* purposes FORMAT and CHECK: no calling process; tid 0 */
+    AGENT_AUTH_RESUME = 1 << 4, /* purpose SERVE, tid 0: the mount's last server died. Each live grant of the volume comes as
+                                   AGENT_FS_GRANT, then an ALLOW without one; -EACCES where none lives */
 };
 
 struct agent_auth {

@@ -241,7 +241,8 @@ _Static_assert(sizeof(struct disk_super) == UNIT_BYTES - NONCE_BYTES - MAC_BYTES
 
 #define RECORD_TYPES(X)                                                                                                 \
     X(CHANGES, 1) /* body: a row of changes, applied together */                                                        \
-    X(FLUSH, 2)   /* no body: `data` and all records before it are flushed as its head says */
+    X(FLUSH, 2)   /* no body: `data` and all records before it are flushed as its head says */                          \
+    X(REQUESTS, 3) /* body: le64s, requests of before the segment that may be sent again */
 
 enum record_type {
 #define X(name, number) RECORD_##name = (number),

@@ -2,7 +2,8 @@
  * server.h - between cofferd and the coffer-fs processes it starts, over msg.h packets on a socketpair (the control
  * channel), and how coffer-fs is started:
  *
- *   coffer-fs serve|format|check|repair|resize|export|import NAME
+ *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX] [--strict] [--profile database]
+ *   coffer-fs format|check|repair|resize|export|import NAME ...
  *
  * with the descriptors below at fixed numbers, everything else closed, as its own user without any capability and with
  * no_new_privs; stderr goes to the log. coffer-fs opens no file of its own and then puts on seccomp and Landlock.
@@ -26,7 +27,8 @@ enum server_fd {
 };
 
 enum server_type {
-    SERVER_READY = 1, /* coffer-fs -> cofferd: FUSE_INIT is answered, requests are served. No body */
+    SERVER_READY = 1, /* coffer-fs -> cofferd: FUSE_INIT is answered, requests are served. struct server_init, or no body where
+                         the kernel cannot send requests again: then no other server can take over */
     SERVER_FAILED,    /* coffer-fs -> cofferd: struct agent_reply; it exits then */
     SERVER_DAMAGE,    /* coffer-fs -> cofferd: struct agent_reply; goes to the audit log */
     SERVER_LINE,      /* coffer-fs -> cofferd: struct agent_reply, text is one finding of a check */
@@ -39,6 +41,14 @@ enum server_type {
     SERVER_REPLY,     /* struct agent_reply */
     SERVER_PROGRESS,  /* struct server_progress, of a task or of a run to its end */
     SERVER_NOTE,      /* coffer-fs -> cofferd: struct agent_reply; the end of a scrub, for the audit log */
+};
+
+/*
+ * The kernel's FUSE_INIT with the flags that were agreed on, which --takeover tells the next server of the same mount when
+ * this one has died: the kernel sends no other. --mount-id is one number for all servers of a mount.
+ */
+struct server_init {
+    uint32_t major, minor, max_readahead, flags, flags2, unused[11];
 };
 
 enum server_task_kind {

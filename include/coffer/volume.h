@@ -85,6 +85,10 @@ struct volume_options {
     bool background;        /* run the thread that checkpoints and flushes every 5 s; off: only inside calls */
     size_t cache_bytes;     /* clean tree nodes kept in memory; 0: 16 MiB */
     uint64_t mount_id;      /* random, of this mount: goes into log records */
+    /* A server of the same mount died and the kernel goes on: what it refers to is not known, so every inode of before
+     * counts as referenced until it is forgotten (vol_forget); unlinked ones live on until then, or the next opening without
+     * this. What requests of mount_id have done is remembered (vol_request_done). */
+    bool resumed;
     /* Called (from any thread, locks may be held: do not call back) for damage found: one line, no plaintext in it. */
     void (*on_damage)(void *ctx, const char *what);
     struct volume_seen seen; /* a state that is older, or another of the same age, is refused: -ESTALE */
@@ -177,6 +181,14 @@ int volume_repair(struct store *data, struct store *log, const struct key *key, 
                   const struct volume_options *options, const struct volume_report *report);
 
 /* --- names --- */
+
+/* The request (FUSE's unique id without bit 63, or 0) that the calling thread works for from now on: goes into the records of
+ * what it changes. */
+void vol_request(uint64_t id);
+/* Whether the calling thread's request had changed the volume before the server that was asked first died. */
+bool vol_request_done(struct volume *v);
+/* Above all inode numbers in use. */
+uint64_t vol_next_inode(struct volume *v);
 
 int vol_lookup(struct volume *v, uint64_t dir, const char *name, struct vattr *ret_attr);
 void vol_forget(struct volume *v, uint64_t ino, uint64_t n);
