@@ -15,7 +15,8 @@ finish() {
 }
 trap finish EXIT
 fail() { echo "FAILED: $*" >&2; exit 1; }
-before=$(ls /run/docker/plugins 2>/dev/null || true)
+sockets() { ls /run/docker/plugins 2>/dev/null | grep "^coffer-quickstart" || true; }
+before=$(sockets)
 for n in 1 2; do
     "$TOP/scripts/quickstart" >"$T/out$n" 2>&1 </dev/null || fail "quickstart, run $n"
     grep -q 'Permission denied' "$T/out$n" || fail "run $n shows no refusal"
@@ -28,5 +29,5 @@ setpriv --reuid 65534 --clear-groups "$TOP/scripts/quickstart" >"$T/user" 2>&1 &
 [ ! -e "$T/c" ] || fail "--down left $(find "$T/c" | head -n 5)"
 grep -q " $T/" /proc/self/mountinfo && fail "--down left a mount"
 pgrep -f "$T/c" >/dev/null && fail "--down left a process: $(pgrep -af "$T/c")"
-[ "$before" = "$(ls /run/docker/plugins 2>/dev/null)" ] || fail "--down left its plugin socket: $(ls /run/docker/plugins)"
+[ "$before" = "$(sockets)" ] || fail "--down left its plugin socket: $(sockets)"
 "$TOP/scripts/quickstart" --down >"$T/down" 2>&1 || fail "--down a second time: $(cat "$T/down")"
