@@ -614,7 +614,7 @@ def test_malformed(k):
     volume_breach("a control request", STATUS, b"")
     volume_breach("lock by a server", LOCK, b"")
     volume_breach("auth short", FS_AUTH, bytes(15))
-    volume_breach("auth flags", FS_AUTH, Auth(tid=1, flags=16))
+    volume_breach("auth flags", FS_AUTH, Auth(tid=1, flags=32))
     volume_breach("auth with a descriptor", FS_AUTH, Auth(tid=1), [0])
     volume_breach("locked with a body", FS_LOCKED, b"x")
     c = k.connect()

@@ -86,7 +86,7 @@ for round in $(seq "$rounds"); do
     kill_session $database
     wait "${jobs[@]}" 2>/dev/null || true
     power_off
-    logged=$(cat "$T"/bench/pgbench_log.* 2>/dev/null | wc -l)
+    logged=$({ cat "$T"/bench/pgbench_log.* 2>/dev/null || true; } | wc -l) # none when the cut came early
     power_on
     start
     acked=0

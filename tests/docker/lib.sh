@@ -48,8 +48,12 @@ cofferd_pid() { pgrep -f "^cofferd --root $T/c( |$)" | head -n 1 || true; }
 server_pid() {
     local pid
     for pid in $(pgrep -f "^coffer-fs serve $1( |\$)"); do
-        if find "/proc/$pid/fd" -lname "$T/*" 2>/dev/null | grep -q .; then echo "$pid"; fi
-    done | head -n 1
+        # Not through a pipe: a find that is hung up on would count as a failure.
+        if [ -n "$(find "/proc/$pid/fd" -lname "$T/*" -print -quit 2>/dev/null)" ]; then
+            echo "$pid"
+            return 0
+        fi
+    done
 }
 agent_pid() { pgrep -P "$(cofferd_pid)" -x coffer-keyd | head -n 1 || true; }
 
@@ -71,7 +75,7 @@ fixture_end() {
     declare -F test_cleanup >/dev/null && test_cleanup
     [ -d "$T/engine" ] && engine_stop "$T/engine"
     timeout 60 "$BUILD/coffer" --root "$T/c" down --force >/dev/null 2>&1
-    for pid in $(cofferd_pid) $(pgrep -x 'coffer-keyd|coffer-fs'); do
+    for pid in $(cofferd_pid) $(pgrep -f '^coffer-(keyd|fs) '); do
         # Ours is what has a file of ours open.
         find "/proc/$pid/fd" -lname "$T/*" 2>/dev/null | grep -q . && kill -9 "$pid"
     done
