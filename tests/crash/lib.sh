@@ -14,6 +14,7 @@ power_fixture() {
     T=$(mktemp -d /tmp/coffer-test.XXXXXX)
     chmod 755 "$T"
     mkdir "$T/disk" "$T/volume" "$T/mnt"
+    cd "$T" # the databases' users may be there
     database='' lossy='' mount_pid=''
     trap power_end EXIT
     trap 'exit 1' TERM INT
