@@ -41,11 +41,11 @@ struct conn {
     char volume[AGENT_NAME_MAX];
     uint32_t purpose;
     uint64_t mount_id;
-    bool key_given; /* FORMAT, CHECK: the one key is out */
+    bool key_given;  /* FORMAT, CHECK: the one key is out */
     bool lock_sent;  /* AGENT_FS_LOCKED is awaited */
     bool lock_again; /* and what ended since then is to be locked out, too: coffer-fs may have stayed open for it */
     bool locked;     /* said AGENT_FS_LOCKED, and asked for nothing since */
-    bool has_id;    /* volume_id is known: the keystore was unlocked since it was bound */
+    bool has_id;     /* volume_id is known: the keystore was unlocked since it was bound */
     uint8_t volume_id[VOLUME_ID_BYTES];
     struct volume_seen pending; /* a checkpoint that could not be remembered yet; generation 0: none */
 };

@@ -104,8 +104,8 @@ static int wait_readable(int sock, int timeout_ms)
 static ssize_t recv_iov(int sock, struct iovec *iov, int niov, int *fds, int *ret_nfds)
 {
     union fd_control control;
-    struct msghdr m = {.msg_iov = iov, .msg_iovlen = (size_t)niov, .msg_control = control.buf,
-                       .msg_controllen = sizeof(control.buf)};
+    struct msghdr m = {
+        .msg_iov = iov, .msg_iovlen = (size_t)niov, .msg_control = control.buf, .msg_controllen = sizeof(control.buf)};
     int got[MSG_FDS_MAX], n;
     ssize_t r;
 

@@ -15,9 +15,9 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#define MSG_FDS_MAX     8
-#define MSG_PACKET_MAX  (64u << 10)
-#define MSG_FRAME_MAX   (4u << 20)
+#define MSG_FDS_MAX    8
+#define MSG_PACKET_MAX (64u << 10)
+#define MSG_FRAME_MAX  (4u << 20)
 
 struct msg_head {
     uint16_t type;  /* of the protocol's table */

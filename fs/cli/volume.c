@@ -273,7 +273,8 @@ int cli_volume_scrub(struct cli *c)
     }
     rc = cli_request(c, req, NULL, 0, &answer);
     if (rc == CLI_OK && !cli_print_json(c, answer))
-        printf("started: `coffer volume inspect %s` shows how far it is, `coffer audit` what it finds\n", c->operand[0]);
+        printf("started: `coffer volume inspect %s` shows how far it is, `coffer audit` what it finds\n",
+               c->operand[0]);
     json_decref(answer);
     return rc;
 }

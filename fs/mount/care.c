@@ -236,8 +236,7 @@ static int start(struct run *r)
     int rc = 0;
 
     if (r->task.kind < TASK_CHECK || r->task.kind > TASK_EXPORT || r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) ||
-        r->task.reserved ||
-        (scrub && r->task.value < SCRUB_RATE_MIN))
+        r->task.reserved || (scrub && r->task.value < SCRUB_RATE_MIN))
         return -EINVAL;
     pthread_mutex_lock(&care_lock);
     if (*busy)
@@ -376,8 +375,8 @@ static int run_import(struct job *j)
 static const struct {
     const char *verb;
     int (*run)(struct job *j);
-} verbs[] = {{"format", run_format}, {"check", run_check}, {"repair", run_repair}, {"resize", run_resize},
-             {"export", run_export}, {"import", run_import}};
+} verbs[] = {{"format", run_format}, {"check", run_check},   {"repair", run_repair},
+             {"resize", run_resize}, {"export", run_export}, {"import", run_import}};
 
 int care_run(const char *verb, const struct care_args *args)
 {
@@ -398,9 +397,11 @@ int care_run(const char *verb, const struct care_args *args)
     rc = run(&j);
     key_free(&j.key);
     if (rc < 0)
-        control_failed("%s failed: %s", verb,
-                       rc == -ENOSPC && run == run_resize ? "more than that is in use"
-                       : rc == -ESTALE ? "it was put back to an older state: restore the newer one, or coffer volume accept-rollback"
-                                       : strerror(-rc));
+        control_failed(
+            "%s failed: %s", verb,
+            rc == -ENOSPC && run == run_resize ? "more than that is in use"
+            : rc == -ESTALE
+                ? "it was put back to an older state: restore the newer one, or coffer volume accept-rollback"
+                : strerror(-rc));
     return rc < 0 ? 1 : rc > 0 ? EXIT_DAMAGE : 0;
 }

@@ -25,9 +25,9 @@
 
 #include <fuse3/fuse_lowlevel.h>
 
-#define MOUNT_IO_MAX     (1u << 20) /* bytes of one READ or WRITE */
-#define MOUNT_WAIT_MS    AGENT_TIMEOUT_MS
-#define MOUNT_TIMEOUT_S  1e9 /* "without end": one server has the volume, so nothing changes behind the kernel's back */
+#define MOUNT_IO_MAX    (1u << 20) /* bytes of one READ or WRITE */
+#define MOUNT_WAIT_MS   AGENT_TIMEOUT_MS
+#define MOUNT_TIMEOUT_S 1e9 /* "without end": one server has the volume, so nothing changes behind the kernel's back */
 
 struct mount_config {
     const char *name;
@@ -107,7 +107,7 @@ void channel_renew(int fd_take);
 void channel_locked(void);
 
 void control_send(uint16_t type, uint64_t id, int err, const char *text); /* a message with struct agent_reply */
-void control_ready(const struct server_init *init); /* NULL: nobody can take over */
+void control_ready(const struct server_init *init);                       /* NULL: nobody can take over */
 void control_progress(uint64_t id, uint64_t done, uint64_t total);
 void control_stat(uint64_t id, const struct server_stat *stat);
 /* For struct volume_options: logs and reports. */
@@ -173,11 +173,11 @@ int loop_start(void (*on_end)(void));
 
 /* What a thread's request is, beyond what libfuse tells an operation. */
 struct loop_request {
-    uint8_t *out;       /* MOUNT_IO_MAX bytes for the answer, page-aligned; the request's own bytes are elsewhere */
-    uint32_t opcode;    /* the kernel's */
-    bool kill_suidgid;  /* WRITE, SETATTR, OPEN: the change of content ends set-id bits */
-    bool tmpfile;       /* CREATE is really TMPFILE */
-    bool resent;        /* a server that died may have done it */
+    uint8_t *out;      /* MOUNT_IO_MAX bytes for the answer, page-aligned; the request's own bytes are elsewhere */
+    uint32_t opcode;   /* the kernel's */
+    bool kill_suidgid; /* WRITE, SETATTR, OPEN: the change of content ends set-id bits */
+    bool tmpfile;      /* CREATE is really TMPFILE */
+    bool resent;       /* a server that died may have done it */
 };
 struct loop_request *loop_request(void);
 /* Has the kernel left it to us to end set-id bits (FUSE_HANDLE_KILLPRIV_V2)? */

@@ -9,8 +9,8 @@
 
 #include "common.h"
 
-#define AGENT_WAIT_MS  (AGENT_TIMEOUT_MS + 5000) /* an ordinary request */
-#define AGENT_SLOW_MS  120000                    /* init and unlock: Argon2 */
+#define AGENT_WAIT_MS (AGENT_TIMEOUT_MS + 5000) /* an ordinary request */
+#define AGENT_SLOW_MS 120000                    /* init and unlock: Argon2 */
 
 /* A connection to the agent, or -errno; at once, no waiting for a keyd that is being started. */
 int agent_connect(void);

@@ -125,8 +125,8 @@ static int engine_get(const char *id, struct body *body)
 
     if (!curl)
         return -ENOMEM;
-    snprintf(url, sizeof(url), "http://localhost/containers/json?all=1&filters=%%7B%%22id%%22%%3A%%5B%%22%s%%22%%5D%%7D",
-             id);
+    snprintf(url, sizeof(url),
+             "http://localhost/containers/json?all=1&filters=%%7B%%22id%%22%%3A%%5B%%22%s%%22%%5D%%7D", id);
     curl_easy_setopt(curl, CURLOPT_URL, url);
     curl_easy_setopt(curl, CURLOPT_UNIX_SOCKET_PATH, plugin_config.engine_socket);
     curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, "http");

@@ -40,15 +40,16 @@
 
 static int usage(FILE *to)
 {
-    fputs("usage: cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH] [--foreground]\n"
-          "\n"
-          "The root daemon of coffer; `coffer up` starts it. It logs to standard error.\n"
-          "  --root DIR            state in DIR, sockets and mounts in DIR/run (default /var/lib/coffer, /run/coffer)\n"
-          "  --plugin-socket PATH  where container engines find the volume driver\n"
-          "  --engine-root DIR     the engine's data (default /var/lib/docker)\n"
-          "  --engine-socket PATH  the engine's API (default /var/run/docker.sock)\n"
-          "  --foreground          stay in the terminal's session\n",
-          to);
+    fputs(
+        "usage: cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH] [--foreground]\n"
+        "\n"
+        "The root daemon of coffer; `coffer up` starts it. It logs to standard error.\n"
+        "  --root DIR            state in DIR, sockets and mounts in DIR/run (default /var/lib/coffer, /run/coffer)\n"
+        "  --plugin-socket PATH  where container engines find the volume driver\n"
+        "  --engine-root DIR     the engine's data (default /var/lib/docker)\n"
+        "  --engine-socket PATH  the engine's API (default /var/run/docker.sock)\n"
+        "  --foreground          stay in the terminal's session\n",
+        to);
     return to == stdout ? 0 : 2;
 }
 
@@ -178,7 +179,8 @@ static int set_driver(struct why *why)
     if (n > 5 && !strcmp(base + n - 5, ".sock"))
         n -= 5;
     if (n == 0 || n >= sizeof(plugin_config.driver))
-        return why_set(why, -EINVAL, "the plugin socket's file name is the driver's name: 1 to 63 characters and .sock");
+        return why_set(why, -EINVAL,
+                       "the plugin socket's file name is the driver's name: 1 to 63 characters and .sock");
     memcpy(plugin_config.driver, base, n);
     plugin_config.driver[n] = 0;
     return volume_name_ok(plugin_config.driver)
@@ -230,7 +232,8 @@ static int configure(const char *root, const char *plugin_socket, struct why *wh
     read_link("/proc/self/ns/mnt", c->mnt_ns, sizeof(c->mnt_ns));
     read_link("/proc/self/ns/pid", c->pid_ns, sizeof(c->pid_ns));
     if (strlen(c->keyd_socket) >= sizeof(((struct sockaddr_un *)0)->sun_path) - 5)
-        return why_set(why, -ENAMETOOLONG, "the paths of the sockets are longer than 107 bytes: choose a shorter --root");
+        return why_set(why, -ENAMETOOLONG,
+                       "the paths of the sockets are longer than 107 bytes: choose a shorter --root");
     rc = set_driver(why);
     if (rc == 0)
         rc = find_user("coffer-keyd", &c->keyd_uid, &c->keyd_gid, why);

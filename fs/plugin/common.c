@@ -209,7 +209,8 @@ int json_members(json_t *obj, const struct json_member *members, size_t n, struc
             return why_set(why, -EINVAL, "\"%s\" has the wrong type", members[i].key);
         *members[i].ret = v;
     }
-    json_object_foreach(obj, key, v) {
+    json_object_foreach(obj, key, v)
+    {
         bool known = !strcmp(key, "cmd");
 
         for (size_t i = 0; i < n && !known; i++)

@@ -18,17 +18,17 @@
 
 /* Set once by main() before any thread starts, then only read. */
 struct plugin_config {
-    const char *state_dir;     /* absolute */
-    const char *run_dir;       /* absolute */
-    const char *mnt_dir;       /* <run>/mnt */
+    const char *state_dir; /* absolute */
+    const char *run_dir;   /* absolute */
+    const char *mnt_dir;   /* <run>/mnt */
     const char *plugin_socket;
     const char *control_socket;
     const char *keyd_socket;
     const char *engine_root;
     const char *engine_socket;
-    char driver[64];           /* the engine's name for this driver: the plugin socket's file name without .sock */
+    char driver[64]; /* the engine's name for this driver: the plugin socket's file name without .sock */
     int state_fd, keystore_fd, volumes_fd, mnt_fd; /* directories */
-    int programs_fd;           /* the directory of our own executable */
+    int programs_fd;                               /* the directory of our own executable */
     uid_t keyd_uid, fs_uid;
     gid_t keyd_gid, fs_gid;
     char boot_id[40];
@@ -80,9 +80,9 @@ int json_parse(const char *buf, size_t n, json_t **ret_object, struct why *why);
 /* One member that a request may have. */
 struct json_member {
     const char *key;
-    json_type type;  /* JSON_TRUE means either boolean */
+    json_type type; /* JSON_TRUE means either boolean */
     bool required;
-    json_t **ret;    /* borrowed from the object; NULL when absent */
+    json_t **ret; /* borrowed from the object; NULL when absent */
 };
 /* Takes the members out of obj; every other key but "cmd" is refused. 0 or -EINVAL with the reason. */
 int json_members(json_t *obj, const struct json_member *members, size_t n, struct why *why);

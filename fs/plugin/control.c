@@ -213,11 +213,11 @@ static int take_spec(struct request *r, const char **ret_name, struct volume_spe
 {
     json_t *progress, *name, *size, *block, *profile, *allow, *deny, *uid, *gid, *mode, *strict;
     const struct json_member members[] = {
-        {"name", JSON_STRING, true, &name},     {"size", JSON_INTEGER, false, &size},
-        {"block", JSON_INTEGER, false, &block}, {"profile", JSON_STRING, false, &profile},
-        {"allow", JSON_ARRAY, false, &allow}, {"deny", JSON_ARRAY, false, &deny},
-        {"uid", JSON_INTEGER, false, &uid},   {"gid", JSON_INTEGER, false, &gid},
-        {"mode", JSON_INTEGER, false, &mode}, {"strict", JSON_TRUE, false, &strict},
+        {"name", JSON_STRING, true, &name},        {"size", JSON_INTEGER, false, &size},
+        {"block", JSON_INTEGER, false, &block},    {"profile", JSON_STRING, false, &profile},
+        {"allow", JSON_ARRAY, false, &allow},      {"deny", JSON_ARRAY, false, &deny},
+        {"uid", JSON_INTEGER, false, &uid},        {"gid", JSON_INTEGER, false, &gid},
+        {"mode", JSON_INTEGER, false, &mode},      {"strict", JSON_TRUE, false, &strict},
         {"progress", JSON_TRUE, false, &progress},
     };
     int rc = MEMBERS(r, members);
@@ -361,7 +361,8 @@ static int do_check(struct request *r)
         sink.progress = send_progress;
     rc = take_volume(r, name, &v);
     if (rc == 0)
-        rc = json_is_true(mend) ? volumes_repair(v, &sink, &r->why) : volumes_check(v, json_is_true(data), &sink, &r->why);
+        rc = json_is_true(mend) ? volumes_repair(v, &sink, &r->why)
+                                : volumes_check(v, json_is_true(data), &sink, &r->why);
     registry_unref(v);
     if (rc >= 0)
         r->out = json_pack("{s:i}", "findings", rc);
@@ -371,7 +372,8 @@ static int do_check(struct request *r)
 static int do_export(struct request *r)
 {
     json_t *name, *progress;
-    const struct json_member members[] = {{"name", JSON_STRING, true, &name}, {"progress", JSON_TRUE, false, &progress}};
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"progress", JSON_TRUE, false, &progress}};
     struct fsproc_sink sink = {send_line, NULL, r};
     struct plugin_volume *v = NULL;
     int rc = MEMBERS(r, members);

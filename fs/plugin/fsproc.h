@@ -24,7 +24,7 @@ struct fsproc_owner {
 /* The descriptors that a new server gets; they stay the caller's. */
 struct fsproc_fds {
     int agent, data, log, fuse;
-    int direct; /* or -1 */
+    int direct;                /* or -1 */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
     uint64_t mount_id;
     const struct server_init *takeover; /* of the mount's last server, which died; NULL: a new mount */

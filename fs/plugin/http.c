@@ -445,8 +445,8 @@ int plugin_http_start(struct why *why)
         return why_set(why, sock, "cannot listen at %s: %s", plugin_config.plugin_socket, strerror(-sock));
     d = MHD_start_daemon(MHD_USE_THREAD_PER_CONNECTION | MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_POLL, 0, NULL, NULL,
                          handle, NULL, MHD_OPTION_LISTEN_SOCKET, sock, MHD_OPTION_CONNECTION_LIMIT, CONNECTIONS_MAX,
-                         MHD_OPTION_THREAD_STACK_SIZE, (size_t)(512 << 10), MHD_OPTION_NOTIFY_COMPLETED, completed, NULL,
-                         MHD_OPTION_END);
+                         MHD_OPTION_THREAD_STACK_SIZE, (size_t)(512 << 10), MHD_OPTION_NOTIFY_COMPLETED, completed,
+                         NULL, MHD_OPTION_END);
     if (!d) {
         close_quiet(sock);
         return why_set(why, -EIO, "cannot serve at %s", plugin_config.plugin_socket);

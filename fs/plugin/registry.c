@@ -13,10 +13,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define STATE_FILE     "cofferd.json"
-#define STATE_VERSION  1
-#define STATE_MAX      (64u << 20)
-#define HOLDERS_MAX    100000
+#define STATE_FILE    "cofferd.json"
+#define STATE_VERSION 1
+#define STATE_MAX     (64u << 20)
+#define HOLDERS_MAX   100000
 
 pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t save_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -390,7 +390,8 @@ static bool get_texts(const json_t *o, const char *key, char **texts, size_t *re
 
     if (!json_is_array(a) || json_array_size(a) > AGENT_RULES_MAX)
         return false;
-    json_array_foreach(a, i, v) {
+    json_array_foreach(a, i, v)
+    {
         if (!json_is_string(v))
             return false;
         texts[(*ret_n)++] = xstrdup(json_string_value(v));
@@ -422,7 +423,8 @@ static bool get_holder(struct plugin_volume *v, const json_t *o)
     if (!get_process(o, "engine", &h->engine))
         return false;
     h->refs = xcalloc(json_array_size(refs) + 1, sizeof(*h->refs));
-    json_array_foreach(refs, i, ref) {
+    json_array_foreach(refs, i, ref)
+    {
         if (!json_is_integer(ref))
             return false;
         h->refs[h->nrefs++] = (uint64_t)json_integer_value(ref);
@@ -437,7 +439,8 @@ static bool get_holders(struct plugin_volume *v, const json_t *o)
 
     if (!json_is_array(a) || json_array_size(a) > HOLDERS_MAX)
         return false;
-    json_array_foreach(a, i, h) {
+    json_array_foreach(a, i, h)
+    {
         if (!get_holder(v, h))
             return false;
     }
@@ -498,7 +501,8 @@ int registry_parse(const char *text, size_t n, struct why *why)
     pthread_mutex_lock(&registry_lock);
     if (same_boot && !get_process(top, "keyd", &keyd))
         rc = why_set(why, -EINVAL, "\"keyd\" is not understood");
-    json_array_foreach(list, i, o) {
+    json_array_foreach(list, i, o)
+    {
         if (rc == 0 && !get_volume(o, same_boot))
             rc = why_set(why, -EINVAL, "volume number %zu is not understood", i);
     }

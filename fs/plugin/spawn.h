@@ -8,13 +8,13 @@
 #define SPAWN_FDS_MAX 8
 
 struct spawn {
-    const char *program;         /* beside our own executable */
-    const char *const *argv;     /* NULL-terminated */
-    int fds[SPAWN_FDS_MAX];      /* become 3, 4, ... in the child; stay the caller's */
+    const char *program;     /* beside our own executable */
+    const char *const *argv; /* NULL-terminated */
+    int fds[SPAWN_FDS_MAX];  /* become 3, 4, ... in the child; stay the caller's */
     int nfds;
     uid_t uid;
     gid_t gid;
-    bool io_flusher;             /* serves writeback: PR_SET_IO_FLUSHER and oom_score_adj -1000, best effort */
+    bool io_flusher; /* serves writeback: PR_SET_IO_FLUSHER and oom_score_adj -1000, best effort */
 };
 
 /* Starts it. 0 with the process and a pidfd of it (the caller's), or -errno. The child must be reaped through the pidfd

@@ -156,7 +156,10 @@ static void end_last(int patience_ms)
 static void act_start(void)
 {
     const char *argv[] = {"coffer-keyd", "--driver", plugin_config.driver, NULL};
-    struct spawn s = {.program = "coffer-keyd", .argv = argv, .nfds = 2, .uid = plugin_config.keyd_uid,
+    struct spawn s = {.program = "coffer-keyd",
+                      .argv = argv,
+                      .nfds = 2,
+                      .uid = plugin_config.keyd_uid,
                       .gid = plugin_config.keyd_gid};
     struct process p;
     int sock, rc;

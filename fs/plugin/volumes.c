@@ -23,11 +23,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MIB            (1ull << 20)
-#define SPAWN_FDS      5 /* agent, data, log, and two of a task's */
-#define STAT_MS        1000
-#define BLOCK_DEFAULT  4096
-#define MODE_DEFAULT   0755
+#define MIB           (1ull << 20)
+#define SPAWN_FDS     5 /* agent, data, log, and two of a task's */
+#define STAT_MS       1000
+#define BLOCK_DEFAULT 4096
+#define MODE_DEFAULT  0755
 
 /* --- specs --- */
 
@@ -150,8 +150,8 @@ static const struct option {
     const char *key;
     int (*parse)(struct volume_spec *s, const char *value, struct why *why);
 } options_known[] = {
-    {"size", opt_size},   {"block", opt_block}, {"profile", opt_profile}, {"allow", opt_allow},   {"deny", opt_deny},
-    {"uid", opt_uid},     {"gid", opt_gid},     {"mode", opt_mode},       {"strict", opt_strict},
+    {"size", opt_size}, {"block", opt_block}, {"profile", opt_profile}, {"allow", opt_allow},   {"deny", opt_deny},
+    {"uid", opt_uid},   {"gid", opt_gid},     {"mode", opt_mode},       {"strict", opt_strict},
 };
 
 static int parse_option(struct volume_spec *s, const char *key, json_t *value, struct why *why)
@@ -164,7 +164,8 @@ static int parse_option(struct volume_spec *s, const char *key, json_t *value, s
         return options_known[i].parse(s, json_string_value(value), why);
     }
     return why_set(why, -EINVAL,
-                   "unknown option \"%.64s\": known are size, block, profile, allow, deny, uid, gid, mode, strict", key);
+                   "unknown option \"%.64s\": known are size, block, profile, allow, deny, uid, gid, mode, strict",
+                   key);
 }
 
 int volumes_spec_from_options(json_t *options, struct volume_spec *s, struct why *why)
@@ -177,7 +178,8 @@ int volumes_spec_from_options(json_t *options, struct volume_spec *s, struct why
         return 0;
     if (!json_is_object(options))
         return why_set(why, -EINVAL, "\"Opts\" is not an object");
-    json_object_foreach(options, key, value) {
+    json_object_foreach(options, key, value)
+    {
         int rc = parse_option(s, key, value, why);
 
         if (rc < 0)
@@ -343,8 +345,10 @@ static int take_over(struct plugin_volume *v, const struct agent_volume *av, str
     int rc;
 
     if (!files_exist(av->params.id))
-        return why_set(why, -EIO, "the keystore knows volume %s, but its files are not there: bring them back, or "
-                       "remove it with coffer volume rm %s", v->name, v->name);
+        return why_set(why, -EIO,
+                       "the keystore knows volume %s, but its files are not there: bring them back, or "
+                       "remove it with coffer volume rm %s",
+                       v->name, v->name);
     rc = agent_rules_get(v->name, &rules, why);
     if (rc < 0)
         return rc;
@@ -357,7 +361,8 @@ static int take_over(struct plugin_volume *v, const struct agent_volume *av, str
                                    .gid = av->params.root_gid,
                                    .mode = av->params.root_mode,
                                    .strict = av->strict};
-    json_array_foreach(rules, i, rule) {
+    json_array_foreach(rules, i, rule)
+    {
         const char *text = json_string_value(json_object_get(rule, "rule"));
         const char *effect = json_string_value(json_object_get(rule, "effect"));
 
@@ -439,7 +444,8 @@ static int make(struct plugin_volume *v, const struct volume_spec *s, bool engin
     if (rc == 0) {
         rc = make_files(v->id);
         if (rc < 0)
-            why_set(why, rc, "cannot make the volume's files in %s/volumes: %s", plugin_config.state_dir, strerror(-rc));
+            why_set(why, rc, "cannot make the volume's files in %s/volumes: %s", plugin_config.state_dir,
+                    strerror(-rc));
     }
     if (rc == 0)
         rc = format(v, import, why);
@@ -498,8 +504,10 @@ static int check_name(const char *name, struct why *why)
 {
     if (volume_name_ok(name))
         return 0;
-    return why_set(why, -EINVAL, "a volume's name has 1 to %d characters of a-z A-Z 0-9 _ . - and begins with a "
-                   "letter or digit", VOLUME_NAME_MAX);
+    return why_set(why, -EINVAL,
+                   "a volume's name has 1 to %d characters of a-z A-Z 0-9 _ . - and begins with a "
+                   "letter or digit",
+                   VOLUME_NAME_MAX);
 }
 
 int volumes_create(const char *name, const struct volume_spec *s, bool engine, const struct volume_import *import,
@@ -580,8 +588,8 @@ int volumes_remove(const char *name, struct why *why)
 /* --- looking after --- */
 
 struct care {
-    const char *verb;              /* of coffer-fs, for one that is not mounted; NULL: it must be */
-    enum server_task_kind task;    /* of its server; 0: it must not be mounted */
+    const char *verb;           /* of coffer-fs, for one that is not mounted; NULL: it must be */
+    enum server_task_kind task; /* of its server; 0: it must not be mounted */
     const char *option;
     uint64_t value;
     const int *fds;
@@ -589,7 +597,8 @@ struct care {
 };
 
 /* op_lock held, not mounted. */
-static int care_unmounted(struct plugin_volume *v, const struct care *c, const struct fsproc_sink *sink, struct why *why)
+static int care_unmounted(struct plugin_volume *v, const struct care *c, const struct fsproc_sink *sink,
+                          struct why *why)
 {
     int fds[SPAWN_FDS] = {-1, -1, -1}, rc;
     char value[24];
@@ -603,7 +612,8 @@ static int care_unmounted(struct plugin_volume *v, const struct care *c, const s
     if (c->nfds)
         memcpy(fds + 3, c->fds, sizeof(int) * (size_t)c->nfds);
     if (rc == 0)
-        rc = fsproc_run(c->verb, v->name, c->option, c->task == TASK_RESIZE ? value : NULL, fds, 3 + c->nfds, sink, why);
+        rc =
+            fsproc_run(c->verb, v->name, c->option, c->task == TASK_RESIZE ? value : NULL, fds, 3 + c->nfds, sink, why);
     for (int i = 0; i < 3; i++)
         close_quiet(fds[i]);
     return rc;
@@ -777,14 +787,13 @@ json_t *volumes_inspect(struct plugin_volume *v, bool ask_agent)
     hex_encode(v->id, sizeof(v->id), id);
     rfc3339(v->created_ns, created);
     pthread_mutex_lock(&registry_lock);
-    o = json_pack("{s:s, s:s, s:s, s:I, s:I, s:s, s:b, s:s, s:b, s:b, s:s, s:o, s:b, s:I}", "name", v->name, "id", id,
-                  "created", created, "size", (json_int_t)v->params.size_limit, "block",
-                  (json_int_t)v->params.block_size, "profile",
-                  v->params.profile == VOLUME_PROFILE_DATABASE ? "database" : "general", "strict", (int)v->strict,
-                  "state", kind_name(v->kind), "mounted", (int)(fs != NULL), "unlocked",
-                  (int)(have_stat && st.unlocked), "mountpoint", path, "used",
-                  have_stat && st.unlocked ? json_integer((json_int_t)st.stat.used) : json_null(), "attached",
-                  (int)v->attached, "holders", (json_int_t)holder_total(v));
+    o = json_pack(
+        "{s:s, s:s, s:s, s:I, s:I, s:s, s:b, s:s, s:b, s:b, s:s, s:o, s:b, s:I}", "name", v->name, "id", id, "created",
+        created, "size", (json_int_t)v->params.size_limit, "block", (json_int_t)v->params.block_size, "profile",
+        v->params.profile == VOLUME_PROFILE_DATABASE ? "database" : "general", "strict", (int)v->strict, "state",
+        kind_name(v->kind), "mounted", (int)(fs != NULL), "unlocked", (int)(have_stat && st.unlocked), "mountpoint",
+        path, "used", have_stat && st.unlocked ? json_integer((json_int_t)st.stat.used) : json_null(), "attached",
+        (int)v->attached, "holders", (json_int_t)holder_total(v));
     if (have_stat && st.scrub_total)
         json_object_set_new(o, "scrub",
                             json_pack("{s:b, s:I, s:I, s:I}", "running", (int)st.scrubbing, "done",
@@ -808,10 +817,10 @@ json_t *volumes_engine_json(struct plugin_volume *v)
     rfc3339(v->created_ns, created);
     pthread_mutex_lock(&registry_lock);
     state = !fs ? "locked" : !fsproc_has_channel(fs) ? "unknown" : v->unlocked ? "unlocked" : "locked";
-    o = json_pack("{s:s, s:s, s:s, s:{s:s, s:s, s:I, s:s, s:b, s:O}}", "Name", v->name, "Mountpoint", path,
-                  "CreatedAt", created, "Status", "state", state, "use",
-                  kind_name(v->kind), "size", (json_int_t)v->params.size_limit, "cipher",
-                  "xchacha20-poly1305 secretstream", "mounted", (int)(fs != NULL), "rules", v->rules);
+    o = json_pack("{s:s, s:s, s:s, s:{s:s, s:s, s:I, s:s, s:b, s:O}}", "Name", v->name, "Mountpoint", path, "CreatedAt",
+                  created, "Status", "state", state, "use", kind_name(v->kind), "size",
+                  (json_int_t)v->params.size_limit, "cipher", "xchacha20-poly1305 secretstream", "mounted",
+                  (int)(fs != NULL), "rules", v->rules);
     pthread_mutex_unlock(&registry_lock);
     fsproc_unref(fs);
     free(path);

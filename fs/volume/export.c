@@ -642,7 +642,8 @@ int volume_import(struct store *data, struct store *log, const struct key *key, 
     if (rc == 0 && params->size_limit)
         p.size_limit = params->size_limit;
     if (rc == 0 && params->block_size && params->block_size != p.block_size)
-        rc = bad(in, -EINVAL, "the export has blocks of %uk: give --block %uk", p.block_size / 1024, p.block_size / 1024);
+        rc = bad(in, -EINVAL, "the export has blocks of %uk: give --block %uk", p.block_size / 1024,
+                 p.block_size / 1024);
     if (rc == 0 && params->block_size)
         p.profile = params->profile;
     if (rc == 0)

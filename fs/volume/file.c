@@ -293,7 +293,8 @@ static int open_piece(struct volume *v, uint64_t ino, const struct piece *p, uin
 }
 
 /* Pieces that lie in a row: one read. */
-static int read_row(struct volume *v, uint64_t ino, const struct piece *p, size_t n, uint8_t *cipher, const struct wanted *w)
+static int read_row(struct volume *v, uint64_t ino, const struct piece *p, size_t n, uint8_t *cipher,
+                    const struct wanted *w)
 {
     struct iovec iov = {cipher, piece_off(v, &p[n - 1]) + piece_bytes(v, &p[n - 1]) - piece_off(v, p)};
     int rc = v->data->ops->readv(v->data, &iov, 1, piece_off(v, p));
@@ -1110,9 +1111,9 @@ static int tx_ref(struct tx *tx, uint64_t id, unsigned first, unsigned count)
 }
 
 struct copy {
-    uint64_t from, to;       /* inodes */
-    uint64_t lo, count;      /* blocks of `from` */
-    uint64_t to_lo;          /* where they go */
+    uint64_t from, to;  /* inodes */
+    uint64_t lo, count; /* blocks of `from` */
+    uint64_t to_lo;     /* where they go */
     struct range range[COPY_RANGES];
     size_t ranges;
 };
@@ -1221,8 +1222,8 @@ static ssize_t copy_blocks(struct volume *v, uint64_t from, uint64_t from_off, u
         return -EINVAL;
     rc = 1;
     for (size_t max = COPY_RANGES; rc == 1 && max; max /= 2) {
-        c = (struct copy){.from = from, .to = to, .lo = from_off / v->block, .count = blocks_of(v, n),
-                          .to_lo = to_off / v->block};
+        c = (struct copy){
+            .from = from, .to = to, .lo = from_off / v->block, .count = blocks_of(v, n), .to_lo = to_off / v->block};
         rc = copy_step(v, &c, max, to_off + n);
     }
     if (rc)

@@ -30,7 +30,7 @@ struct log {
     uint64_t data_flushed; /* extents of all at or below are durable */
     uint64_t flushed;      /* all at or below are durable */
     bool flushing;
-    bool promised; /* log_has_room said yes, and nothing was reserved since */
+    bool promised;           /* log_has_room said yes, and nothing was reserved since */
     bool done[INFLIGHT_MAX]; /* [sequence % INFLIGHT_MAX]: written, but a lower one is not */
 };
 
@@ -130,8 +130,10 @@ static int wait_written(struct volume *v, uint64_t sequence)
 static int put_record(struct volume *v, const struct log_slot *slot, enum record_type type, const uint8_t *body,
                       size_t n, const uint8_t *payload, uint64_t flushed, uint64_t data_flushed)
 {
-    struct disk_record head = {.type = le16_make((uint16_t)type), .sequence = le64_make(slot->sequence),
-                               .flushed = le64_make(flushed), .data_flushed = le64_make(data_flushed),
+    struct disk_record head = {.type = le16_make((uint16_t)type),
+                               .sequence = le64_make(slot->sequence),
+                               .flushed = le64_make(flushed),
+                               .data_flushed = le64_make(data_flushed),
                                .mount_id = le64_make(v->options.mount_id),
                                .request = le64_make(type == RECORD_CHANGES ? request_id() : 0),
                                .payload_sectors = le32_make((uint32_t)(slot->payload / SECTOR_BYTES))};

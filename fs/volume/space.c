@@ -155,8 +155,11 @@ static void add_region(struct space *s)
 {
     struct region *r = &s->region[s->regions++];
 
-    *r = (struct region){.used = xcalloc(WORDS, 8), .busy = xcalloc(WORDS, 8), .free = REGION_UNITS,
-                         .whole = REGION_UNITS / NODE_UNITS, .run_hint = REGION_UNITS};
+    *r = (struct region){.used = xcalloc(WORDS, 8),
+                         .busy = xcalloc(WORDS, 8),
+                         .free = REGION_UNITS,
+                         .whole = REGION_UNITS / NODE_UNITS,
+                         .run_hint = REGION_UNITS};
     set_dirty(s, r, true);
     s->free_units += REGION_UNITS;
     s->whole += REGION_UNITS / NODE_UNITS;

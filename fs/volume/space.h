@@ -37,7 +37,8 @@ void space_ready(struct space *s);
  * busy. Grows `data` where it must for `want`. Returns the units got, -ENOSPC (limit, backing filesystem, or only the reserve is left), -EIO.
  * from_reserve: half of the reserve may be used (truncates and holes, which need a block to free more).
  */
-int64_t space_alloc(struct space *s, uint64_t most, uint64_t want, uint64_t step, bool from_reserve, uint64_t *ret_addr);
+int64_t space_alloc(struct space *s, uint64_t most, uint64_t want, uint64_t step, bool from_reserve,
+                    uint64_t *ret_addr);
 void space_cancel(struct space *s, uint64_t addr, uint64_t units);
 /* busy -> used; in recovery also free -> used. -EUCLEAN when it is used already or out of bounds. */
 int space_commit(struct space *s, uint64_t addr, uint64_t units);

@@ -37,23 +37,23 @@ struct volume {
     struct store *data, *logstore;
     struct vkeys *keys;
     struct volume_options options;
-    struct disk_super super; /* the newest durable one [checkpoint_mutex] */
+    struct disk_super super;     /* the newest durable one [checkpoint_mutex] */
     struct volume_params params; /* of it; size_limit changes with volume_resize [state] */
-    unsigned super_slot;     /* where it lies [checkpoint_mutex] */
-    uint32_t block;          /* bytes of a block */
+    unsigned super_slot;         /* where it lies [checkpoint_mutex] */
+    uint32_t block;              /* bytes of a block */
     uint32_t block_units;
 
     pthread_rwlock_t state;
-    struct tree *tree;         /* [state] */
-    uint64_t generation;       /* [state] of the log segment in use */
-    size_t dirty_max;          /* dirty nodes that force a checkpoint */
-    uint64_t next_inode;       /* [state] */
+    struct tree *tree;   /* [state] */
+    uint64_t generation; /* [state] of the log segment in use */
+    size_t dirty_max;    /* dirty nodes that force a checkpoint */
+    uint64_t next_inode; /* [state] */
     _Atomic uint64_t next_extent;
-    uint64_t inodes;           /* [state] */
-    struct refs *refs;         /* own mutex, below the state lock */
-    uint64_t *answered;        /* [state] requests of this mount whose records recovery found (options.resumed) */
-    size_t nanswered;          /* [state] */
-    int64_t answered_ns;       /* mono_ns of that */
+    uint64_t inodes;     /* [state] */
+    struct refs *refs;   /* own mutex, below the state lock */
+    uint64_t *answered;  /* [state] requests of this mount whose records recovery found (options.resumed) */
+    size_t nanswered;    /* [state] */
+    int64_t answered_ns; /* mono_ns of that */
 
     struct space *space;
     struct log *log;
@@ -71,14 +71,14 @@ struct volume {
     struct sync_pattern {
         uint64_t ino;
         uint32_t before, since; /* writes between the last two syncs, and since the last */
-    } pattern[SYNC_PATTERNS]; /* [pattern_mutex] */
+    } pattern[SYNC_PATTERNS];   /* [pattern_mutex] */
 
     _Atomic bool failed;
     bool read_only;
     struct repair *repair; /* while volume_repair opens it (repair.h) */
-    bool space_lost; /* the bitmaps could not be read: read-only, and recovery changes none */
+    bool space_lost;       /* the bitmaps could not be read: read-only, and recovery changes none */
 
-    pthread_t thread;          /* background: checkpoints and the 5 s flush */
+    pthread_t thread; /* background: checkpoints and the 5 s flush */
     bool thread_running;
     pthread_mutex_t thread_mutex;
     pthread_cond_t thread_cond;

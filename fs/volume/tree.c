@@ -1073,7 +1073,7 @@ int tree_prune(struct tree *t, tree_lost_fn lost, void *ctx)
 
     for (;;) {
         struct tree_iter it;
-        bool failed = descend(t, &key, &it) < 0, more = it.levels > (failed ? 0u : 1u);
+        bool failed = descend(t, &key, &it)<0, more = it.levels>(failed ? 0u : 1u);
         struct disk_key next;
 
         /* The last node of the path with a slot: of a readable leaf its parent, else the parent of the unreadable one. */

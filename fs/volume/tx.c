@@ -94,8 +94,8 @@ static struct disk_change *append(struct tx *tx, enum change_op op, const struct
     c->len = le16_make((uint16_t)len);
     if (len)
         memcpy(c + 1, value, len);
-    tx->change[tx->changes++] = (struct tx_change){
-        .op = (uint8_t)op, .key = *key, .len = (uint16_t)len, .value = (uint32_t)(need - len)};
+    tx->change[tx->changes++] =
+        (struct tx_change){.op = (uint8_t)op, .key = *key, .len = (uint16_t)len, .value = (uint32_t)(need - len)};
     tx->body_len = need;
     return c;
 }
@@ -196,7 +196,8 @@ uint64_t tx_new_inode(struct tx *tx)
 /* --- applying --- */
 
 /* [state exclusive] The one place where logged changes meet the state. */
-static int apply_change(struct volume *v, enum change_op op, const struct tree_key *key, const uint8_t *value, size_t len)
+static int apply_change(struct volume *v, enum change_op op, const struct tree_key *key, const uint8_t *value,
+                        size_t len)
 {
     int rc;
 

@@ -24,16 +24,16 @@ struct tx_change {
 
 struct tx {
     struct volume *v;
-    uint8_t *body;  /* the record's body, growing: disk_change and values */
+    uint8_t *body; /* the record's body, growing: disk_change and values */
     size_t body_len, body_cap;
     struct tx_change *change;
     size_t changes, changes_cap;
-    int64_t now;    /* ns, one time for the whole operation */
+    int64_t now; /* ns, one time for the whole operation */
     /* The ciphertext of all extents that the transaction allocates and puts, in that order, if it is to ride in the record:
      * then a flush of the log alone makes it durable. The caller's; it is in `data`, too, but not flushed. */
     const uint8_t *payload;
     size_t payload_bytes; /* at most PAYLOAD_MAX */
-    uint64_t next_inode; /* becomes v->next_inode at commit */
+    uint64_t next_inode;  /* becomes v->next_inode at commit */
 };
 
 /*

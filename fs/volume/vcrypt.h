@@ -59,8 +59,8 @@ int extent_decode(uint64_t id, const uint8_t *value, size_t len, struct extent *
 void extent_seal(const struct vkeys *k, struct extent *e, uint32_t block, const uint8_t *plain, uint8_t *cipher);
 /* Opens chunks first .. first + n - 1, whose ciphertext is at cipher (and is the same afterwards, but for the slack). -EBADMSG when
  * one does not authenticate; plain is then zeroed. */
-int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n, uint8_t *cipher,
-                uint8_t *plain);
+int extent_open(const struct vkeys *k, const struct extent *e, uint32_t block, unsigned first, unsigned n,
+                uint8_t *cipher, uint8_t *plain);
 /* Reads and opens; -EBADMSG or the store's error. */
 int extent_read(const struct vkeys *k, struct store *data, const struct extent *e, uint32_t block, unsigned first,
                 unsigned n, uint8_t *plain);

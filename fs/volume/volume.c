@@ -238,7 +238,8 @@ static int params_ok(const struct volume_params *p)
         return -EINVAL;
     if (p->size_limit < VOLUME_SIZE_MIN || p->size_limit > VOLUME_SIZE_MAX || p->profile > VOLUME_PROFILE_DATABASE)
         return -EINVAL;
-    if (p->log_segment && (p->log_segment < (256u << 10) || p->log_segment > (1u << 30) || p->log_segment % (64u << 10)))
+    if (p->log_segment &&
+        (p->log_segment < (256u << 10) || p->log_segment > (1u << 30) || p->log_segment % (64u << 10)))
         return -EINVAL;
     return p->root_mode & ~07777u ? -EINVAL : 0;
 }
@@ -246,9 +247,17 @@ static int params_ok(const struct volume_params *p)
 static int put_root(struct volume *v, const struct volume_params *p)
 {
     int64_t now = now_ns();
-    struct inode root = {.ino = VOLUME_ROOT_INO, .mode = S_IFDIR | p->root_mode, .uid = p->root_uid, .gid = p->root_gid,
-                         .nlink = 2, .atime = now, .mtime = now, .ctime = now, .btime = now,
-                         .parent = VOLUME_ROOT_INO, .generation = 1};
+    struct inode root = {.ino = VOLUME_ROOT_INO,
+                         .mode = S_IFDIR | p->root_mode,
+                         .uid = p->root_uid,
+                         .gid = p->root_gid,
+                         .nlink = 2,
+                         .atime = now,
+                         .mtime = now,
+                         .ctime = now,
+                         .btime = now,
+                         .parent = VOLUME_ROOT_INO,
+                         .generation = 1};
     struct tree_key key = tree_key(ITEM_INODE, VOLUME_ROOT_INO, 0);
     struct disk_inode value;
 

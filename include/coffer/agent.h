@@ -19,51 +19,51 @@
 
 #include <stdint.h>
 
-#define AGENT_TEXT_MAX    512
-#define AGENT_NAME_MAX    (128 + 1)
-#define AGENT_RULE_MAX    512          /* one rule's text with its NUL */
-#define AGENT_RULES_MAX   32           /* per volume */
-#define AGENT_SECRET_MAX  4096         /* a passphrase, or a key file's bytes */
-#define AGENT_TIMEOUT_MS  10000        /* nobody waits longer on the agent, nor the agent on the broker */
+#define AGENT_TEXT_MAX   512
+#define AGENT_NAME_MAX   (128 + 1)
+#define AGENT_RULE_MAX   512   /* one rule's text with its NUL */
+#define AGENT_RULES_MAX  32    /* per volume */
+#define AGENT_SECRET_MAX 4096  /* a passphrase, or a key file's bytes */
+#define AGENT_TIMEOUT_MS 10000 /* nobody waits longer on the agent, nor the agent on the broker */
 
 enum agent_type {
     /* control; every request is answered by AGENT_REPLY unless another type is named */
     AGENT_REPLY = 1,
-    AGENT_STATUS,        /* -> AGENT_STATUS with struct agent_status */
-    AGENT_INIT,          /* struct agent_slot; fds: [secret in, recovery out]. Makes the keystore; leaves it unlocked */
-    AGENT_UNLOCK,        /* struct agent_slot; fds: [secret in] */
-    AGENT_LOCK,          /* wipes the root key; every volume channel gets AGENT_FS_LOCK and is waited for (10 s) */
-    AGENT_VOLUME_ADD,    /* struct agent_volume (id ignored) -> AGENT_VOLUME_GET's answer with the new id. -EEXIST */
-    AGENT_VOLUME_GET,    /* struct agent_name -> AGENT_VOLUME_GET with struct agent_volume, or AGENT_REPLY -ENOENT */
-    AGENT_VOLUME_LIST,   /* struct agent_index -> the index-th volume in order of name, as AGENT_VOLUME_GET */
-    AGENT_VOLUME_STATE,  /* struct agent_volume_state: sets its state */
-    AGENT_VOLUME_SIZE,   /* struct agent_volume_size: sets what its record says of its limit (coffer volume resize) */
-    AGENT_VOLUME_RM,     /* struct agent_name: destroys the key. -EBUSY while a serving channel is bound */
-    AGENT_RULE_ADD,      /* struct agent_rule. -EINVAL with the reason; -EEXIST */
-    AGENT_RULE_RM,       /* struct agent_rule. -ENOENT */
-    AGENT_RULE_GET,      /* struct agent_index with name -> AGENT_RULE_GET with struct agent_rule; -ENOENT past the end */
-    AGENT_BIND,          /* struct agent_bind; fds: [keyd's end of the socketpair] */
-    AGENT_ENGINE,        /* struct agent_engine; fds: [pidfd of the engine's process], none for AGENT_ENGINE_END */
-    AGENT_WHY,           /* struct agent_why -> AGENT_REPLY, err 0 allowed or -EACCES, text explains */
-    AGENT_NOTE,          /* struct agent_note: an audit record by cofferd (damage, crash, mount, umount) */
-    AGENT_BROKER,        /* turns this connection into the broker (the newest wins) */
+    AGENT_STATUS,       /* -> AGENT_STATUS with struct agent_status */
+    AGENT_INIT,         /* struct agent_slot; fds: [secret in, recovery out]. Makes the keystore; leaves it unlocked */
+    AGENT_UNLOCK,       /* struct agent_slot; fds: [secret in] */
+    AGENT_LOCK,         /* wipes the root key; every volume channel gets AGENT_FS_LOCK and is waited for (10 s) */
+    AGENT_VOLUME_ADD,   /* struct agent_volume (id ignored) -> AGENT_VOLUME_GET's answer with the new id. -EEXIST */
+    AGENT_VOLUME_GET,   /* struct agent_name -> AGENT_VOLUME_GET with struct agent_volume, or AGENT_REPLY -ENOENT */
+    AGENT_VOLUME_LIST,  /* struct agent_index -> the index-th volume in order of name, as AGENT_VOLUME_GET */
+    AGENT_VOLUME_STATE, /* struct agent_volume_state: sets its state */
+    AGENT_VOLUME_SIZE,  /* struct agent_volume_size: sets what its record says of its limit (coffer volume resize) */
+    AGENT_VOLUME_RM,    /* struct agent_name: destroys the key. -EBUSY while a serving channel is bound */
+    AGENT_RULE_ADD,     /* struct agent_rule. -EINVAL with the reason; -EEXIST */
+    AGENT_RULE_RM,      /* struct agent_rule. -ENOENT */
+    AGENT_RULE_GET, /* struct agent_index with name -> AGENT_RULE_GET with struct agent_rule; -ENOENT past the end */
+    AGENT_BIND,     /* struct agent_bind; fds: [keyd's end of the socketpair] */
+    AGENT_ENGINE,   /* struct agent_engine; fds: [pidfd of the engine's process], none for AGENT_ENGINE_END */
+    AGENT_WHY,      /* struct agent_why -> AGENT_REPLY, err 0 allowed or -EACCES, text explains */
+    AGENT_NOTE,     /* struct agent_note: an audit record by cofferd (damage, crash, mount, umount) */
+    AGENT_BROKER,   /* turns this connection into the broker (the newest wins) */
     /* broker: keyd -> cofferd and the answer */
-    AGENT_FACTS,         /* struct agent_facts_ask -> AGENT_FACTS with struct agent_facts; fds: [readable JSON] if found */
+    AGENT_FACTS, /* struct agent_facts_ask -> AGENT_FACTS with struct agent_facts; fds: [readable JSON] if found */
     /* volume: coffer-fs -> keyd and the answer */
-    AGENT_FS_AUTH,       /* struct agent_auth -> AGENT_FS_AUTH with struct agent_verdict; fds: [thread pidfd] if cacheable */
-    AGENT_FS_LOCKED,     /* answers AGENT_FS_LOCK: coffer-fs has flushed and wiped, or serves a younger grant; no body, no reply */
+    AGENT_FS_AUTH, /* struct agent_auth -> AGENT_FS_AUTH with struct agent_verdict; fds: [thread pidfd] if cacheable */
+    AGENT_FS_LOCKED, /* answers AGENT_FS_LOCK: coffer-fs has flushed and wiped, or serves a younger grant; no body, no reply */
     /* volume: keyd -> coffer-fs, no reply except where said */
-    AGENT_FS_GRANT_END,  /* struct agent_grant: requests under it are refused from now on (-EKEYREVOKED) */
-    AGENT_FS_LOCK,       /* flush, invalidate, wipe; then send AGENT_FS_LOCKED. The next authorised request unlocks anew */
+    AGENT_FS_GRANT_END, /* struct agent_grant: requests under it are refused from now on (-EKEYREVOKED) */
+    AGENT_FS_LOCK, /* flush, invalidate, wipe; then send AGENT_FS_LOCKED. The next authorised request unlocks anew */
     AGENT_ACCEPT_ROLLBACK, /* control: struct agent_name: the volume's next opening accepts an older state */
-    AGENT_FS_SEEN,       /* volume: struct volume_seen of a checkpoint that is durable -> AGENT_FS_SEEN with struct
+    AGENT_FS_SEEN,         /* volume: struct volume_seen of a checkpoint that is durable -> AGENT_FS_SEEN with struct
                             agent_seen_done */
-    AGENT_FS_GRANT,      /* volume: keyd -> coffer-fs: struct agent_grant, one that lives; comes before the verdict on
+    AGENT_FS_GRANT,        /* volume: keyd -> coffer-fs: struct agent_grant, one that lives; comes before the verdict on
                             AGENT_AUTH_RESUME */
 };
 
 struct agent_reply {
-    int32_t err; /* 0 or a negative errno */
+    int32_t err;               /* 0 or a negative errno */
     char text[AGENT_TEXT_MAX]; /* "" or one line for the operator */
 };
 
@@ -90,8 +90,8 @@ struct agent_slot {
 };
 
 enum agent_volume_state_kind {
-    AGENT_VOLUME_NEW = 0,    /* recorded, not yet formatted */
-    AGENT_VOLUME_FRESH = 1,  /* formatted, no container has used it: the engine may fill it */
+    AGENT_VOLUME_NEW = 0,   /* recorded, not yet formatted */
+    AGENT_VOLUME_FRESH = 1, /* formatted, no container has used it: the engine may fill it */
     AGENT_VOLUME_USED = 2,
 };
 
@@ -162,7 +162,7 @@ struct agent_why {
 struct agent_note {
     char name[AGENT_NAME_MAX];
     uint8_t reserved[3];
-    char event[32];             /* "damage", "server-died", "mount", ... */
+    char event[32]; /* "damage", "server-died", "mount", ... */
     char text[AGENT_TEXT_MAX];
 };
 
@@ -177,28 +177,29 @@ struct agent_facts_ask {
 enum agent_facts_source { AGENT_FACTS_NONE = 0, AGENT_FACTS_FILE = 1, AGENT_FACTS_API = 2 };
 
 struct agent_facts {
-    int32_t err;          /* 0; -ENOENT: no such container; -ETIMEDOUT, ...: the engine cannot be asked: refuse */
-    uint32_t source;      /* what the descriptor holds: config.v2.json, or the array of GET /containers/json */
-    uint8_t host_pid_ns;  /* 1: the caller's pid namespace is cofferd's own */
-    uint8_t host_mnt_ns;  /* 1: so is its mount namespace. Both 1: foreign to the container, refused */
+    int32_t err;         /* 0; -ENOENT: no such container; -ETIMEDOUT, ...: the engine cannot be asked: refuse */
+    uint32_t source;     /* what the descriptor holds: config.v2.json, or the array of GET /containers/json */
+    uint8_t host_pid_ns; /* 1: the caller's pid namespace is cofferd's own */
+    uint8_t host_mnt_ns; /* 1: so is its mount namespace. Both 1: foreign to the container, refused */
     uint8_t reserved[2];
-    char driver[64];      /* this volume driver's name at the engine, for `attached` */
+    char driver[64]; /* this volume driver's name at the engine, for `attached` */
 };
 
 enum agent_auth_flags {
-    AGENT_AUTH_WANT_KEY = 1 << 0, /* the volume is locked: the verdict shall carry the key */
-    AGENT_AUTH_PROBE = 1 << 1,    /* a stat of the root: a refusal is normal and not audited */
-    AGENT_AUTH_WRITE = 1 << 2,    /* the request changes something */
+    AGENT_AUTH_WANT_KEY = 1 << 0,    /* the volume is locked: the verdict shall carry the key */
+    AGENT_AUTH_PROBE = 1 << 1,       /* a stat of the root: a refusal is normal and not audited */
+    AGENT_AUTH_WRITE = 1 << 2,       /* the request changes something */
     AGENT_AUTH_MAINTENANCE = 1 << 3, /* purposes FORMAT and CHECK: no calling process; tid 0 */
-    AGENT_AUTH_RESUME = 1 << 4, /* purpose SERVE, tid 0: the mount's last server died. Each live grant of the volume comes as
+    AGENT_AUTH_RESUME =
+        1 << 4, /* purpose SERVE, tid 0: the mount's last server died. Each live grant of the volume comes as
                                    AGENT_FS_GRANT, then an ALLOW without one; -EACCES where none lives */
 };
 
 struct agent_auth {
-    int32_t tid;      /* FUSE's in.pid; 0 is denied */
-    uint32_t flags;   /* enum agent_auth_flags */
-    uint32_t uid;     /* FUSE's in.uid, for the audit record only */
-    uint32_t opcode;  /* FUSE opcode, for the audit record */
+    int32_t tid;     /* FUSE's in.pid; 0 is denied */
+    uint32_t flags;  /* enum agent_auth_flags */
+    uint32_t uid;    /* FUSE's in.uid, for the audit record only */
+    uint32_t opcode; /* FUSE opcode, for the audit record */
 };
 
 enum agent_verdict_kind {
@@ -215,15 +216,15 @@ struct agent_seen_done {
 };
 
 struct agent_verdict {
-    int32_t err;          /* 0, -EACCES; -ENOKEY: allowed, but the keystore is locked */
+    int32_t err; /* 0, -EACCES; -ENOKEY: allowed, but the keystore is locked */
     uint32_t kind;
-    uint64_t grant;       /* names the grant; the file handles opened under it carry it. 0: none */
+    uint64_t grant; /* names the grant; the file handles opened under it carry it. 0: none */
     uint8_t read_only;
-    uint8_t cacheable;    /* a thread pidfd comes along: while it is alive this verdict holds for that tid, until
+    uint8_t cacheable; /* a thread pidfd comes along: while it is alive this verdict holds for that tid, until
                              AGENT_FS_GRANT_END or AGENT_FS_LOCK */
     uint8_t has_key;
     uint8_t reserved[5];
-    uint8_t key[32];      /* with has_key; wiped by both sides after use */
+    uint8_t key[32]; /* with has_key; wiped by both sides after use */
     struct volume_params params;
     uint32_t strict;
     uint32_t accept_rollback; /* with has_key: seen binds nobody, a new branch begins (volume_options.new_branch) */

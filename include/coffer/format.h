@@ -34,16 +34,16 @@
 
 /* --- item keys: (kind, a, b) --- */
 
-#define ITEM_KINDS(X)                                                                                                   \
-    X(INODE, 1)   /* a: inode                                   disk_inode */                                           \
-    X(DIRENT, 2)  /* a: directory, b: name's hash + probe       disk_dirent, name */                                    \
-    X(XATTR, 3)   /* a: inode, b: name's hash + probe           disk_xattr, name, value */                              \
-    X(INLINE, 4)  /* a: inode                                   the file's bytes, or the symlink's target */            \
-    X(RANGE, 5)   /* a: inode, b: first block                   disk_range */                                           \
-    X(ORPHAN, 6)  /* a: inode without a name                    nothing */                                              \
-    X(TRIM, 7)    /* a: inode                                   le64: blocks from here on are being freed */            \
-    X(EXTENT, 8)  /* a: extent                                  disk_extent, chunks, refs */                            \
-    X(SPACE, 9)   /* a: region                                  bitmap, REGION_UNITS bits, 1 = used */
+#define ITEM_KINDS(X)                                                                                                  \
+    X(INODE, 1)  /* a: inode                                   disk_inode */                                           \
+    X(DIRENT, 2) /* a: directory, b: name's hash + probe       disk_dirent, name */                                    \
+    X(XATTR, 3)  /* a: inode, b: name's hash + probe           disk_xattr, name, value */                              \
+    X(INLINE, 4) /* a: inode                                   the file's bytes, or the symlink's target */            \
+    X(RANGE, 5)  /* a: inode, b: first block                   disk_range */                                           \
+    X(ORPHAN, 6) /* a: inode without a name                    nothing */                                              \
+    X(TRIM, 7)   /* a: inode                                   le64: blocks from here on are being freed */            \
+    X(EXTENT, 8) /* a: extent                                  disk_extent, chunks, refs */                            \
+    X(SPACE, 9)  /* a: region                                  bitmap, REGION_UNITS bits, 1 = used */
 
 enum item_kind {
 #define X(name, number) ITEM_##name = (number),
@@ -95,7 +95,7 @@ _Static_assert(sizeof(struct disk_ptr) == 56, "disk_ptr");
 /* A node's plaintext: this, then count slots, free space, items packed against the end in any order. */
 struct disk_node {
     le32 magic;
-    uint8_t level;    /* 0: leaf */
+    uint8_t level; /* 0: leaf */
     uint8_t reserved;
     le16 count;       /* of slots */
     le64 birth;       /* as in the pointer */
@@ -126,8 +126,8 @@ struct disk_inode {
     le32 gid;
     le32 nlink;
     le64 size;
-    le64 blocks;     /* of the volume's block size, in RANGE items */
-    le64 atime;      /* ns since 1970, signed */
+    le64 blocks; /* of the volume's block size, in RANGE items */
+    le64 atime;  /* ns since 1970, signed */
     le64 mtime;
     le64 ctime;
     le64 btime;
@@ -143,9 +143,9 @@ _Static_assert(sizeof(struct disk_inode) == 112, "disk_inode");
 
 #define INODE_INLINE 1u /* content is in the INLINE item (absent: empty), there are no ranges */
 
-#define COOKIE_FIRST 3ull                 /* hashes below are raised: 0 start, 1 ".", 2 ".." */
+#define COOKIE_FIRST 3ull                  /* hashes below are raised: 0 start, 1 ".", 2 ".." */
 #define COOKIE_LAST  0x7fffffffffffffefull /* hashes above are lowered, so that probing stays below 2^63 */
-#define PROBE_MAX    16                   /* a name is at one of hash .. hash + 15 */
+#define PROBE_MAX    16                    /* a name is at one of hash .. hash + 15 */
 
 struct disk_dirent {
     le64 ino;
@@ -170,12 +170,12 @@ struct disk_range {
 };
 _Static_assert(sizeof(struct disk_range) == 12, "disk_range");
 
-#define EXTENT_LOST       0ull   /* first is 0, count up to RANGE_LOST_MAX */
+#define EXTENT_LOST       0ull /* first is 0, count up to RANGE_LOST_MAX */
 #define RANGE_LOST_MAX    65535u
 #define EXTENT_BYTES      65536u /* most plaintext of one extent */
 #define EXTENT_CHUNKS_MAX 16
-#define EXTENT_HEADER     24     /* of crypto_secretstream_xchacha20poly1305 */
-#define SUITE_XCHACHA20   1      /* crypto_secretstream_xchacha20poly1305 */
+#define EXTENT_HEADER     24 /* of crypto_secretstream_xchacha20poly1305 */
+#define SUITE_XCHACHA20   1  /* crypto_secretstream_xchacha20poly1305 */
 
 struct disk_extent {
     le64 addr;      /* first unit; chunks follow each other */
@@ -198,9 +198,9 @@ _Static_assert(sizeof(struct disk_chunk) == 17, "disk_chunk");
 
 /* --- superblock: 4096 bytes = nonce, sealed struct disk_super, MAC --- */
 
-#define SUPER_MAGIC  0x31726566666f6343ull /* "Coffer1" as bytes */
-#define SUPER_SLOTS  2
-#define SUPER_COPIES 2
+#define SUPER_MAGIC            0x31726566666f6343ull /* "Coffer1" as bytes */
+#define SUPER_SLOTS            2
+#define SUPER_COPIES           2
 /* The unit of a copy. A new superblock goes to the slot that does not hold the newest one. */
 #define SUPER_UNIT(slot, copy) ((uint64_t)(copy) * (REGION_UNITS / 2) + (slot))
 
@@ -217,31 +217,31 @@ struct disk_super {
     uint8_t volume_id[16];
     uint8_t branch[16]; /* random, made at format and by accept-rollback */
     le64 generation;
-    le64 sequence;      /* the last record that this state contains */
+    le64 sequence; /* the last record that this state contains */
     struct disk_ptr root;
     le32 root_level;
     le32 block_size;
     le32 profile;
     le32 data_epoch;
-    le64 size_limit;    /* bytes */
-    le64 data_units;    /* length of `data` */
-    le64 used_units;    /* 1 bits of all regions */
+    le64 size_limit; /* bytes */
+    le64 data_units; /* length of `data` */
+    le64 used_units; /* 1 bits of all regions */
     le64 next_inode;
     le64 next_extent;
-    le64 inodes;        /* INODE items */
-    le64 log_segment;   /* bytes */
-    le32 log_segments;  /* 2 */
-    le32 flags;         /* SUPER_* */
-    le64 created;       /* ns */
+    le64 inodes;       /* INODE items */
+    le64 log_segment;  /* bytes */
+    le32 log_segments; /* 2 */
+    le32 flags;        /* SUPER_* */
+    le64 created;      /* ns */
     uint8_t zero[3840];
 };
 _Static_assert(sizeof(struct disk_super) == UNIT_BYTES - NONCE_BYTES - MAC_BYTES, "disk_super");
 
 /* --- log records --- */
 
-#define RECORD_TYPES(X)                                                                                                 \
-    X(CHANGES, 1) /* body: a row of changes, applied together */                                                        \
-    X(FLUSH, 2)   /* no body: `data` and all records before it are flushed as its head says */                          \
+#define RECORD_TYPES(X)                                                                                                \
+    X(CHANGES, 1)  /* body: a row of changes, applied together */                                                      \
+    X(FLUSH, 2)    /* no body: `data` and all records before it are flushed as its head says */                        \
     X(REQUESTS, 3) /* body: le64s, requests of before the segment that may be sent again */
 
 enum record_type {
@@ -258,8 +258,8 @@ enum record_type {
 struct disk_record {
     le16 type;
     le16 reserved;
-    le32 sectors;      /* of the whole record */
-    le32 body_bytes;   /* without padding */
+    le32 sectors;         /* of the whole record */
+    le32 body_bytes;      /* without padding */
     le32 payload_sectors; /* of the sectors: ciphertext of the extents that the body brings */
     le64 sequence;
     le64 flushed;      /* highest sequence known to be durable when this record was sealed */
@@ -283,10 +283,10 @@ _Static_assert(sizeof(struct disk_record_ad) == 32, "disk_record_ad");
 #define LOG_SEGMENTS    2
 
 /* One change: this, and after a PUT its value. A, B of ALLOC and FREE: first unit, number of units. */
-#define CHANGE_OPS(X)                                                                                                   \
-    X(PUT, 1)   /* the item has this value from now on */                                                               \
-    X(DEL, 2)   /* the item is gone */                                                                                  \
-    X(ALLOC, 3) /* units are used by an extent */                                                                       \
+#define CHANGE_OPS(X)                                                                                                  \
+    X(PUT, 1)   /* the item has this value from now on */                                                              \
+    X(DEL, 2)   /* the item is gone */                                                                                 \
+    X(ALLOC, 3) /* units are used by an extent */                                                                      \
     X(FREE, 4)  /* units are free once a checkpoint contains this */
 
 enum change_op {

@@ -20,27 +20,28 @@ enum server_fd {
     SERVER_FD_AGENT = 4,   /* the volume channel (agent.h) */
     SERVER_FD_DATA = 5,    /* the backing files, open read-write */
     SERVER_FD_LOG = 6,
-    SERVER_FD_FUSE = 7,    /* /dev/fuse, mounted by cofferd; only for serve */
-    SERVER_FD_DIRECT = 8,  /* `data` again, O_DIRECT; only for serve, and only where its filesystem can */
-    SERVER_FD_SECRET = 7,  /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
-    SERVER_FD_STREAM = 8,  /* for export and import: where the stream goes to, or comes from */
+    SERVER_FD_FUSE = 7,   /* /dev/fuse, mounted by cofferd; only for serve */
+    SERVER_FD_DIRECT = 8, /* `data` again, O_DIRECT; only for serve, and only where its filesystem can */
+    SERVER_FD_SECRET = 7, /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
+    SERVER_FD_STREAM = 8, /* for export and import: where the stream goes to, or comes from */
 };
 
 enum server_type {
-    SERVER_READY = 1, /* coffer-fs -> cofferd: FUSE_INIT is answered, requests are served. struct server_init, or no body where
+    SERVER_READY =
+        1, /* coffer-fs -> cofferd: FUSE_INIT is answered, requests are served. struct server_init, or no body where
                          the kernel cannot send requests again: then no other server can take over */
-    SERVER_FAILED,    /* coffer-fs -> cofferd: struct agent_reply; it exits then */
-    SERVER_DAMAGE,    /* coffer-fs -> cofferd: struct agent_reply; goes to the audit log */
-    SERVER_LINE,      /* coffer-fs -> cofferd: struct agent_reply, text is one finding of a check */
-    SERVER_STOP,      /* cofferd -> coffer-fs: the mount is gone or going: flush, wipe, exit. No body */
-    SERVER_TASK,      /* cofferd -> coffer-fs: struct server_task on the mounted volume, one at a time (-EBUSY) besides a
+    SERVER_FAILED,   /* coffer-fs -> cofferd: struct agent_reply; it exits then */
+    SERVER_DAMAGE,   /* coffer-fs -> cofferd: struct agent_reply; goes to the audit log */
+    SERVER_LINE,     /* coffer-fs -> cofferd: struct agent_reply, text is one finding of a check */
+    SERVER_STOP,     /* cofferd -> coffer-fs: the mount is gone or going: flush, wipe, exit. No body */
+    SERVER_TASK,     /* cofferd -> coffer-fs: struct server_task on the mounted volume, one at a time (-EBUSY) besides a
                          scrub; fds: as the task says. SERVER_LINEs and SERVER_PROGRESSes, then SERVER_REPLY (err: number of
                          findings or -errno; -ENOKEY: it is locked), all with the request's id */
-    SERVER_STAT,      /* cofferd -> coffer-fs; answered by SERVER_STAT with struct server_stat */
-    SERVER_AGENT,     /* cofferd -> coffer-fs: fds: [a new volume channel]; the old one is dead. No body */
-    SERVER_REPLY,     /* struct agent_reply */
-    SERVER_PROGRESS,  /* struct server_progress, of a task or of a run to its end */
-    SERVER_NOTE,      /* coffer-fs -> cofferd: struct agent_reply; the end of a scrub, for the audit log */
+    SERVER_STAT,     /* cofferd -> coffer-fs; answered by SERVER_STAT with struct server_stat */
+    SERVER_AGENT,    /* cofferd -> coffer-fs: fds: [a new volume channel]; the old one is dead. No body */
+    SERVER_REPLY,    /* struct agent_reply */
+    SERVER_PROGRESS, /* struct server_progress, of a task or of a run to its end */
+    SERVER_NOTE,     /* coffer-fs -> cofferd: struct agent_reply; the end of a scrub, for the audit log */
 };
 
 /*
@@ -53,9 +54,9 @@ struct server_init {
 
 enum server_task_kind {
     TASK_CHECK = 1, /* value: 1 reads all content too */
-    TASK_SCRUB,     /* value: bytes a second; answered when it has begun (-EALREADY: one is running); it goes on by itself */
-    TASK_RESIZE,    /* value: bytes */
-    TASK_EXPORT,    /* fds: [secret, stream] */
+    TASK_SCRUB, /* value: bytes a second; answered when it has begun (-EALREADY: one is running); it goes on by itself */
+    TASK_RESIZE, /* value: bytes */
+    TASK_EXPORT, /* fds: [secret, stream] */
 };
 
 struct server_task {
@@ -72,9 +73,9 @@ struct server_stat {
     uint8_t unlocked;
     uint8_t scrubbing;
     uint8_t reserved[2];
-    uint32_t scrub_findings;              /* of the scrub that is running, or the last one of this server */
-    uint64_t scrub_done, scrub_total;     /* bytes; 0, 0: there was none */
-    struct volume_stat stat; /* zeroes while locked */
+    uint32_t scrub_findings;          /* of the scrub that is running, or the last one of this server */
+    uint64_t scrub_done, scrub_total; /* bytes; 0, 0: there was none */
+    struct volume_stat stat;          /* zeroes while locked */
 };
 
 #endif

@@ -29,7 +29,7 @@ struct key;
 struct volume;
 
 #define VOLUME_ROOT_INO   1
-#define VOLUME_NAME_BYTES 255  /* a directory entry's name */
+#define VOLUME_NAME_BYTES 255 /* a directory entry's name */
 #define VOLUME_ID_BYTES   16
 #define VOLUME_SIZE_MIN   (64ull << 20)
 #define VOLUME_SIZE_MAX   (16ull << 40)
@@ -44,7 +44,7 @@ enum volume_profile {
 
 /* How what takes long tells about itself; called by the thread that does it, perhaps with locks held: do not call back. */
 struct volume_report {
-    void (*line)(void *ctx, const char *text); /* a finding: one line, no plaintext in it */
+    void (*line)(void *ctx, const char *text);                  /* a finding: one line, no plaintext in it */
     void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */
     bool (*stop)(void *ctx); /* NULL or false: go on; true: end with -ECANCELED soon */
     void *ctx;
@@ -67,8 +67,8 @@ struct volume_params {
     uint32_t block_size;         /* 4096, 8192 or 16384 */
     uint32_t profile;            /* enum volume_profile */
     uint64_t size_limit;         /* bytes, all space of the volume in `data`; VOLUME_SIZE_MIN to VOLUME_SIZE_MAX */
-    uint64_t log_segment;        /* bytes of one log segment, multiple of 64 KiB, at least 256 KiB; 0: the default, 16 MiB */
-    uint32_t root_mode;          /* permission bits of the root directory */
+    uint64_t log_segment; /* bytes of one log segment, multiple of 64 KiB, at least 256 KiB; 0: the default, 16 MiB */
+    uint32_t root_mode;   /* permission bits of the root directory */
     uint32_t root_uid;
     uint32_t root_gid;
 };
@@ -82,9 +82,9 @@ struct volume_seen {
 
 struct volume_options {
     bool read_only;
-    bool background;        /* run the thread that checkpoints and flushes every 5 s; off: only inside calls */
-    size_t cache_bytes;     /* clean tree nodes kept in memory; 0: 16 MiB */
-    uint64_t mount_id;      /* random, of this mount: goes into log records */
+    bool background;    /* run the thread that checkpoints and flushes every 5 s; off: only inside calls */
+    size_t cache_bytes; /* clean tree nodes kept in memory; 0: 16 MiB */
+    uint64_t mount_id;  /* random, of this mount: goes into log records */
     /* A server of the same mount died and the kernel goes on: what it refers to is not known, so every inode of before
      * counts as referenced until it is forgotten (vol_forget); unlinked ones live on until then, or the next opening without
      * this. What requests of mount_id have done is remembered (vol_request_done). */
@@ -108,8 +108,8 @@ struct vattr {
     uint32_t nlink;
     uint32_t rdev;
     uint64_t size;
-    uint64_t blocks;                      /* 512-byte units really used */
-    int64_t atime, mtime, ctime, btime;   /* ns since 1970, may be negative */
+    uint64_t blocks;                    /* 512-byte units really used */
+    int64_t atime, mtime, ctime, btime; /* ns since 1970, may be negative */
 };
 
 /* --- life --- */
@@ -194,8 +194,8 @@ int vol_lookup(struct volume *v, uint64_t dir, const char *name, struct vattr *r
 void vol_forget(struct volume *v, uint64_t ino, uint64_t n);
 /* Makes a file, directory, device node, fifo or socket by mode's type. A setgid directory hands on its group (and the bit
  * to directories). -EEXIST, -EMLINK, -ENAMETOOLONG. time_ns 0: now. */
-int vol_mknod(struct volume *v, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev, uint32_t uid, uint32_t gid,
-              struct vattr *ret_attr);
+int vol_mknod(struct volume *v, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev, uint32_t uid,
+              uint32_t gid, struct vattr *ret_attr);
 /* A file without a name (O_TMPFILE); vol_link can give it one. */
 int vol_tmpfile(struct volume *v, uint64_t dir, uint32_t mode, uint32_t uid, uint32_t gid, struct vattr *ret_attr);
 int vol_symlink(struct volume *v, uint64_t dir, const char *name, const char *target, uint32_t uid, uint32_t gid,

@@ -394,8 +394,8 @@ static void verify_repair(struct image *const image[2], const struct reading *be
     struct reading r;
     int rc;
 
-    rc = volume_repair(mstore_new(image[0], NULL, NULL, 0), mstore_new(image[1], NULL, NULL, 1), volume_key, volume_id, &(struct volume_options){0},
-                       &report);
+    rc = volume_repair(mstore_new(image[0], NULL, NULL, 0), mstore_new(image[1], NULL, NULL, 1), volume_key, volume_id,
+                       &(struct volume_options){0}, &report);
     if (rc < 0) {
         repairs_refused++;
         if (before || (rc != -EIO && rc != -EKEYREJECTED))

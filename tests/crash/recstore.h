@@ -95,7 +95,7 @@ static const uint8_t image_zero[IMAGE_PAGE];
 struct image {
     const struct image *parent;
     uint8_t **row[IMAGE_PAGES / IMAGE_ROW]; /* pages; NULL: the parent's, or zeroes */
-    uint32_t *own;  /* numbers of the pages that are not NULL */
+    uint32_t *own;                          /* numbers of the pages that are not NULL */
     size_t owns, own_cap;
     uint64_t size;
     pthread_rwlock_t lock;

@@ -51,9 +51,9 @@ static void seal(struct stream *s, struct export_secret *e, const uint8_t *data,
 
         memset(plain, 0, sizeof(plain));
         memcpy(plain, data + i * EXPORT_FRAME_PLAIN, k);
-        crypto_secretstream_xchacha20poly1305_push(&st, s->at + i * EXPORT_FRAME_BYTES, NULL, plain, sizeof(plain),
-                                                   i ? NULL : (uint8_t *)&e->head, i ? 0 : sizeof(e->head),
-                                                   i + 1 == frames ? crypto_secretstream_xchacha20poly1305_TAG_FINAL : 0);
+        crypto_secretstream_xchacha20poly1305_push(
+            &st, s->at + i * EXPORT_FRAME_BYTES, NULL, plain, sizeof(plain), i ? NULL : (uint8_t *)&e->head,
+            i ? 0 : sizeof(e->head), i + 1 == frames ? crypto_secretstream_xchacha20poly1305_TAG_FINAL : 0);
     }
 }
 

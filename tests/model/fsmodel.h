@@ -704,10 +704,10 @@ struct world {
     size_t max_inodes;
     uint64_t size_limit; /* ENOSPC is fair when the volume is used to more than three quarters of it */
     uint32_t block;
-    bool faults;                 /* EIO, EROFS and ENOSPC may come */
-    bool in_doubt;               /* the operation failed by a fault: applied to the model, may be there or not */
-    bool synced;                 /* the operation made all before it durable */
-    bool middles;                /* keep what an operation under way may show, in middle */
+    bool faults;   /* EIO, EROFS and ENOSPC may come */
+    bool in_doubt; /* the operation failed by a fault: applied to the model, may be there or not */
+    bool synced;   /* the operation made all before it durable */
+    bool middles;  /* keep what an operation under way may show, in middle */
     struct middle middle;
     uint64_t ops, nospc, errors; /* errors: operations that both sides refused */
     char op[400];                /* the operation under way */
@@ -1533,7 +1533,8 @@ static void op_copy(struct world *w)
              (unsigned long long)from->size, (unsigned long long)to->size);
     rc = vol_copy(w->v, from->ino, off, to->ino, to_off, n);
     /* Not by reference: the caller copies. But whole blocks between files of blocks are always done. */
-    if (rc == -EOPNOTSUPP && (!aligned || from->size <= 2048 || to->size <= 2048 || n < w->block || from->size - off < w->block))
+    if (rc == -EOPNOTSUPP &&
+        (!aligned || from->size <= 2048 || to->size <= 2048 || n < w->block || from->size - off < w->block))
         return;
     if (rc == -EINVAL && from == to)
         return;
@@ -1709,13 +1710,13 @@ static const struct {
     unsigned weight;
     bool changes;
 } world_ops[] = {
-    {op_mknod, 60, true},     {op_tmpfile, 5, true},   {op_symlink, 12, true},     {op_readlink, 8, false},
-    {op_link, 14, true},      {op_unlink, 30, true},   {op_rmdir, 10, true},       {op_rename, 40, true},
-    {op_lookup, 25, false},   {op_forget, 20, true},   {op_readdir, 8, false},     {op_getattr, 20, false},
-    {op_setattr, 40, true},   {op_setxattr, 20, true}, {op_removexattr, 8, true},  {op_getxattr, 10, false},
-    {op_listxattr, 5, false}, {op_write, 130, true},   {op_copy, 25, true},      {op_read, 60, false},       {op_fallocate, 20, true},
-    {op_seek, 15, false},     {op_fsync, 12, true},    {op_write_fsync, 15, true}, {op_sync, 3, true},
-    {op_checkpoint, 1, true},
+    {op_mknod, 60, true},     {op_tmpfile, 5, true},    {op_symlink, 12, true},    {op_readlink, 8, false},
+    {op_link, 14, true},      {op_unlink, 30, true},    {op_rmdir, 10, true},      {op_rename, 40, true},
+    {op_lookup, 25, false},   {op_forget, 20, true},    {op_readdir, 8, false},    {op_getattr, 20, false},
+    {op_setattr, 40, true},   {op_setxattr, 20, true},  {op_removexattr, 8, true}, {op_getxattr, 10, false},
+    {op_listxattr, 5, false}, {op_write, 130, true},    {op_copy, 25, true},       {op_read, 60, false},
+    {op_fallocate, 20, true}, {op_seek, 15, false},     {op_fsync, 12, true},      {op_write_fsync, 15, true},
+    {op_sync, 3, true},       {op_checkpoint, 1, true},
 };
 
 /* Runs one random operation. changes_only: none that only reads (they leave nothing for a crash to lose). */

@@ -447,8 +447,8 @@ static void test_give_back(void **state)
     for (int life = 0; life < 3; life++) {
         uint64_t ino, keep;
 
-        assert_int_equal(volume_open(store_fd_take(dup(fd), -1), store_fd_take(dup(logfd), -1), f->key, volume_id, &o, &f->v),
-                         0);
+        assert_int_equal(
+            volume_open(store_fd_take(dup(fd), -1), store_fd_take(dup(logfd), -1), f->key, volume_id, &o, &f->v), 0);
         keep = make(f, life == 0 ? "keep0" : life == 1 ? "keep1" : "keep2", life, MIB);
         ino = make(f, "big", 1, 1);
         for (unsigned k = 0; k < 180; k++) {

@@ -748,17 +748,10 @@ static void test_link_of_orphan(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_late_record),
-        TEST(test_shared_sync_error),
-        TEST(test_fragmented),
-        TEST(test_room_is_coming),
-        TEST(test_fallocate_room),
-        TEST(test_recovery_with_damage),
-        TEST(test_stale_records),
-        TEST(test_long_truncation),
-        TEST(test_conversion_is_quiet),
-        TEST(test_synced_then_damaged),
-        TEST(test_link_of_orphan),
+        TEST(test_late_record),         TEST(test_shared_sync_error), TEST(test_fragmented),
+        TEST(test_room_is_coming),      TEST(test_fallocate_room),    TEST(test_recovery_with_damage),
+        TEST(test_stale_records),       TEST(test_long_truncation),   TEST(test_conversion_is_quiet),
+        TEST(test_synced_then_damaged), TEST(test_link_of_orphan),
     };
 
     alarm(120);

@@ -267,15 +267,17 @@ static void test_life(void **state)
     assert_int_equal(keystore_slots(k), 0);
     assert_int_equal(unlock(k, AGENT_SLOT_PASSPHRASE, PASS), -ENOENT);
     assert_int_equal(keystore_volume_add(k, &v), -ENOKEY);
-    assert_int_equal(
-        keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, strlen(PASS), recovery, sizeof(recovery), NULL, NULL), 0);
+    assert_int_equal(keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, strlen(PASS), recovery,
+                                   sizeof(recovery), NULL, NULL),
+                     0);
     assert_true(keystore_initialised(k) && keystore_unlocked(k));
     assert_int_equal(keystore_slots(k), 2);
     assert_int_equal(fstatat(dir, KEYSTORE_FILE, &st, 0), 0);
     assert_int_equal(st.st_mode & 07777, 0600);
     assert_false(there(TMP));
-    assert_int_equal(keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, 3, recovery, sizeof(recovery), NULL, NULL),
-                     -EEXIST);
+    assert_int_equal(
+        keystore_init(k, AGENT_SLOT_PASSPHRASE, (const uint8_t *)PASS, 3, recovery, sizeof(recovery), NULL, NULL),
+        -EEXIST);
     assert_true(sodium_is_zero((uint8_t *)recovery, sizeof(recovery)));
     assert_int_equal(keystore_volume_add(k, &v), 0);
     assert_int_equal(keystore_volumes(k), 1);

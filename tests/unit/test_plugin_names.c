@@ -79,7 +79,7 @@ static void test_rubbish(void **state)
                                          "{\"Name\":\"\xff\xfe\",\"ID\":\"x\"}",
                                          "{\"Name\":\"a\",\"ID\":\"x\"} trailing"};
     static const char *const paths[] = {"/VolumeDriver.Create", "/VolumeDriver.Remove", "/VolumeDriver.Get",
-                                        "/VolumeDriver.Path", "/VolumeDriver.Mount", "/VolumeDriver.Unmount"};
+                                        "/VolumeDriver.Path",   "/VolumeDriver.Mount",  "/VolumeDriver.Unmount"};
 
     (void)state;
     for (size_t p = 0; p < ARRAY_LEN(paths); p++) {
@@ -144,11 +144,13 @@ static int parse_options(const char *json, struct volume_spec *s, struct why *wh
 static void test_options(void **state)
 {
     static const char *const bad[] = {
-        "{\"colour\":\"red\"}",  "{\"size\":\"1\"}",        "{\"size\":\"0\"}",     "{\"size\":\"17T\"}",
-        "{\"size\":\"-1\"}",     "{\"size\":10}",           "{\"block\":\"5k\"}",   "{\"block\":\"32k\"}",
-        "{\"profile\":\"fast\"}", "{\"uid\":\"-1\"}",       "{\"uid\":\"root\"}",   "{\"uid\":\"4294967295\"}",
-        "{\"gid\":\"1x\"}",      "{\"mode\":\"0999\"}",     "{\"mode\":\"10000\"}", "{\"strict\":\"perhaps\"}",
-        "{\"allow\":\"\"}",      "{\"allow\":\"a:b;;c:d\"}", "{\"deny\":\" ; \"}",
+        "{\"colour\":\"red\"}",     "{\"size\":\"1\"}",    "{\"size\":\"0\"}",
+        "{\"size\":\"17T\"}",       "{\"size\":\"-1\"}",   "{\"size\":10}",
+        "{\"block\":\"5k\"}",       "{\"block\":\"32k\"}", "{\"profile\":\"fast\"}",
+        "{\"uid\":\"-1\"}",         "{\"uid\":\"root\"}",  "{\"uid\":\"4294967295\"}",
+        "{\"gid\":\"1x\"}",         "{\"mode\":\"0999\"}", "{\"mode\":\"10000\"}",
+        "{\"strict\":\"perhaps\"}", "{\"allow\":\"\"}",    "{\"allow\":\"a:b;;c:d\"}",
+        "{\"deny\":\" ; \"}",
     };
     struct volume_spec s, t;
     struct why why;
@@ -162,11 +164,12 @@ static void test_options(void **state)
     parse_options("{\"colour\":\"red\"}", &s, &why);
     assert_non_null(strstr(why.text, "colour"));
     volume_spec_clear(&s);
-    assert_int_equal(parse_options("{\"size\":\"10G\",\"block\":\"8k\",\"profile\":\"database\",\"allow\":\"label:a=b,ro; "
-                                   "image:x\",\"deny\":\"container:y\",\"uid\":\"7\",\"gid\":\"8\",\"mode\":\"0700\","
-                                   "\"strict\":\"\"}",
-                                   &s, &why),
-                     0);
+    assert_int_equal(
+        parse_options("{\"size\":\"10G\",\"block\":\"8k\",\"profile\":\"database\",\"allow\":\"label:a=b,ro; "
+                      "image:x\",\"deny\":\"container:y\",\"uid\":\"7\",\"gid\":\"8\",\"mode\":\"0700\","
+                      "\"strict\":\"\"}",
+                      &s, &why),
+        0);
     assert_int_equal(s.size, 10ull << 30);
     assert_int_equal(s.block, 8192);
     assert_int_equal(s.profile, VOLUME_PROFILE_DATABASE);
@@ -177,11 +180,12 @@ static void test_options(void **state)
     assert_int_equal(s.mode, 0700);
     assert_true(s.strict);
     /* The order of rules does not matter, their number does. */
-    assert_int_equal(parse_options("{\"size\":\"10240M\",\"block\":\"8192\",\"profile\":\"database\",\"allow\":\"image:x;"
-                                   "label:a=b,ro\",\"deny\":\"container:y\",\"uid\":\"7\",\"gid\":\"8\",\"mode\":\"700\","
-                                   "\"strict\":\"true\"}",
-                                   &t, &why),
-                     0);
+    assert_int_equal(
+        parse_options("{\"size\":\"10240M\",\"block\":\"8192\",\"profile\":\"database\",\"allow\":\"image:x;"
+                      "label:a=b,ro\",\"deny\":\"container:y\",\"uid\":\"7\",\"gid\":\"8\",\"mode\":\"700\","
+                      "\"strict\":\"true\"}",
+                      &t, &why),
+        0);
     assert_true(volume_spec_equal(&s, &t));
     free(t.deny[--t.ndeny]);
     assert_false(volume_spec_equal(&s, &t));
@@ -302,13 +306,16 @@ static void test_facts(void **state)
     assert_true(e.listener >= 0);
     assert_int_equal(ask_engine(&e, ID_NONE, "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[ ]", text, sizeof(text)),
                      -ENOENT);
-    assert_non_null(strstr(e.asked, "GET /containers/json?all=1&filters=%7B%22id%22%3A%5B%22" ID_NONE "%22%5D%7D HTTP"));
-    assert_int_equal(ask_engine(&e, ID_NONE, "HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n[{\"x\"}]", text, sizeof(text)),
-                     0);
+    assert_non_null(
+        strstr(e.asked, "GET /containers/json?all=1&filters=%7B%22id%22%3A%5B%22" ID_NONE "%22%5D%7D HTTP"));
+    assert_int_equal(
+        ask_engine(&e, ID_NONE, "HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n[{\"x\"}]", text, sizeof(text)), 0);
     assert_string_equal(text, "[{\"x\"}]");
-    assert_int_equal(ask_engine(&e, ID_NONE, "HTTP/1.1 500 no\r\nContent-Length: 2\r\n\r\n[]", text, sizeof(text)), -EIO);
-    assert_int_equal(ask_engine(&e, ID_NONE, "HTTP/1.1 302 no\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n", text,
-                                sizeof(text)), -EIO);
+    assert_int_equal(ask_engine(&e, ID_NONE, "HTTP/1.1 500 no\r\nContent-Length: 2\r\n\r\n[]", text, sizeof(text)),
+                     -EIO);
+    assert_int_equal(ask_engine(&e, ID_NONE, "HTTP/1.1 302 no\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n",
+                                text, sizeof(text)),
+                     -EIO);
     assert_int_equal(ask_engine(&e, ID_NONE, "rubbish", text, sizeof(text)), -EIO);
     close(e.listener);
     unlink(sock);

@@ -853,8 +853,9 @@ static void the_checker_refuses_bad_fields(void **state)
             assert_int_equal(value_good(ITEM_RANGE, &r, sizeof(r)), count >= 1 && first == 0);
         }
     }
-    assert_false(value_good(ITEM_RANGE, &(struct disk_range){.extent = le64_make(7), .first = le16_make(65535), .count = le16_make(2)},
-                            sizeof(struct disk_range)));
+    assert_false(value_good(
+        ITEM_RANGE, &(struct disk_range){.extent = le64_make(7), .first = le16_make(65535), .count = le16_make(2)},
+        sizeof(struct disk_range)));
     for (unsigned what = 0; what < 4; what++) {
         struct disk_extent *d = (struct disk_extent *)value;
 

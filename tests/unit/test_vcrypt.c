@@ -494,7 +494,8 @@ static void test_record_heads(void **state)
     for (unsigned type = 0; type < 4; type++) {
         head = a_head((enum record_type)type);
         record_seal(ka, 1, 0, &head, body, sizeof(body), out);
-        assert_int_equal(try_record(ka, 1, 0, out, 512), type == RECORD_CHANGES || type == RECORD_REQUESTS ? 0 : -EBADMSG);
+        assert_int_equal(try_record(ka, 1, 0, out, 512),
+                         type == RECORD_CHANGES || type == RECORD_REQUESTS ? 0 : -EBADMSG);
         head = a_head((enum record_type)type);
         record_seal(ka, 1, 0, &head, NULL, 0, out);
         assert_int_equal(try_record(ka, 1, 0, out, 512), type == 0 ? -EBADMSG : 0);
