@@ -15,12 +15,13 @@ DESTDIR ?=
 PKGS     := libsodium jansson fuse3 libmicrohttpd libcurl libseccomp
 CPPFLAGS := -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -DFUSE_USE_VERSION=314 -Iinclude -I. $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 CFLAGS   ?= -O2 -g
-CFLAGS   += -std=gnu17 -Wall -Wextra $(WERROR) -fstack-protector-strong -fno-strict-aliasing -pthread
-LDFLAGS  += -pthread -Wl,-z,relro,-z,now
+# Whoever gives CFLAGS gives optimisation and the like; these stay (without override make would drop them).
+override CFLAGS += -std=gnu17 -Wall -Wextra $(WERROR) -fstack-protector-strong -fno-strict-aliasing -pthread
+override LDFLAGS += -pthread -Wl,-z,relro,-z,now
 LDLIBS   := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
 ifneq ($(SAN),)
-CFLAGS   += -fsanitize=$(SAN) -fno-omit-frame-pointer
-LDFLAGS  += -fsanitize=$(SAN)
+override CFLAGS += -fsanitize=$(SAN) -fno-omit-frame-pointer
+override LDFLAGS += -fsanitize=$(SAN)
 else
 CPPFLAGS += -D_FORTIFY_SOURCE=2
 endif

@@ -1548,10 +1548,10 @@ static void g_sigbus(void)
 static void g_direct(void)
 {
     const size_t n = 65536;
-    char *a, *b;
+    char *a = aligned_alloc(65536, n), *b = aligned_alloc(65536, n);
     int d, fd;
 
-    if (posix_memalign((void **)&a, 65536, n) || posix_memalign((void **)&b, 65536, n))
+    if (!a || !b)
         abort();
     d = (int)E(0, open("f", O_RDWR | O_CREAT | O_DIRECT, 0644));
     fd = (int)E(0, open("f", O_RDWR));
