@@ -535,8 +535,9 @@ static void answer_allowed(struct server *s, struct conn *c, struct pending *p, 
         send_refusal(c, p->msg_id, -EACCES);
         return;
     }
-    /* The grant takes the caller and closes its pidfd, of which this answer needs one. */
-    alive.thread_pidfd = p->caller->thread_pidfd;
+    /* The grant takes the caller and closes its pidfd, of which this answer needs one. The server keeps the answer for
+     * the thread as FUSE's user, the effective one: where a rule named the real one and they differ, for nobody. */
+    alive.thread_pidfd = p->caller->thread_pidfd && (o->container >= 0 || p->caller->one_uid);
     alive.pidfd = p->caller->pidfd;
     if (!g) {
         p->caller->pidfd = -1;

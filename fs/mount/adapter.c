@@ -143,7 +143,7 @@ static void op_init(void *userdata, struct fuse_conn_info *conn)
     conn->time_gran = 1;
 }
 
-bool adapter_ready(pid_t tid, bool by_handle)
+bool adapter_ready(pid_t tid, uid_t uid, bool by_handle)
 {
     struct auth a;
 
@@ -151,7 +151,7 @@ bool adapter_ready(pid_t tid, bool by_handle)
         return false;
     if (by_handle)
         return true;
-    if (!auth_cached(tid, false, &a))
+    if (!auth_cached(tid, uid, false, &a))
         return false;
     auth_put(&a);
     return true;

@@ -198,7 +198,7 @@ enum agent_auth_flags {
 struct agent_auth {
     int32_t tid;     /* FUSE's in.pid; 0 is denied */
     uint32_t flags;  /* enum agent_auth_flags */
-    uint32_t uid;    /* FUSE's in.uid, for the audit record only */
+    uint32_t uid;    /* FUSE's in.uid: never decided by */
     uint32_t opcode; /* FUSE opcode, for the audit record */
 };
 

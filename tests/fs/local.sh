@@ -82,6 +82,20 @@ chmod 666 "$T/a/data"
 refused 'permission denied' nobody cat "$T/a/data"
 refused 'permission denied' nobody ls "$T/a"
 audited '65534' "the refusal of nobody"
+# Whoever was root when it was let in is asked about anew as another user.
+python3 - "$T/a/data" <<'END' || fail "a process that has become nobody is still let in"
+import os, sys
+open(sys.argv[1]).close()
+os.setresuid(0, 65534, 0)
+open(sys.argv[1]).close()  # the real user is still root; not to be remembered for nobody
+os.setresuid(0, 0, 0)
+os.setresuid(65534, 65534, 65534)
+try:
+    open(sys.argv[1])
+    sys.exit(1)
+except PermissionError:
+    pass
+END
 coffer why v --pid $$ | grep -q '^allowed' || fail "why: $(coffer why v --pid $$)"
 setpriv --reuid 65534 --clear-groups sleep 100 >/dev/null &
 is_nobody() { [ "$(awk '/^Uid/{print $2}' "/proc/$!/status")" = 65534 ]; }
