@@ -112,6 +112,23 @@ coffer policy remove v allow uid:65534,ro >/dev/null
 refused 'permission denied' nobody cat "$T/a/data"
 one_line 1 'no such|not' coffer policy remove v allow uid:65534,ro
 
+step "who is refused looks at the root while its owner works"
+coffer volume create own --size 64M --allow uid:65534 --uid 65534 --mode 0700 --strict >/dev/null
+mkdir "$T/own"
+coffer mount own "$T/own" >/dev/null
+while stat "$T/own"; do :; done >/dev/null &
+timeout 60 setpriv --reuid 65534 --regid 65534 --clear-groups python3 - "$T/own" <<'END' || fail "the owner was hindered"
+import os, sys, time
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    os.close(os.open(sys.argv[1] + "/x", os.O_CREAT | os.O_WRONLY, 0o600))
+    os.unlink(sys.argv[1] + "/x")
+END
+kill $!
+refused 'permission denied' ls "$T/own"
+expect "700 65534" "$(stat -c '%a %u' "$T/own")" "mode and owner of the root, as others see it"
+coffer umount "$T/own" >/dev/null && coffer volume rm own >/dev/null || fail "umount and rm own"
+
 step "locking under a mount"
 echo "written before" >"$T/a/before"
 exec 8<"$T/a/before"
