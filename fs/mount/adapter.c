@@ -127,6 +127,8 @@ static void op_init(void *userdata, struct fuse_conn_info *conn)
     unsigned acl = FUSE_CAP_POSIX_ACL | FUSE_CAP_DONT_MASK; /* only together: the umask yields to a default ACL */
 
     (void)userdata;
+    if (mount_config.strict)
+        want &= ~(unsigned)FUSE_CAP_CACHE_SYMLINKS; /* a link in the root is read without asking for attributes */
     if (!mount_config.database)
         want |= FUSE_CAP_WRITEBACK_CACHE;
     if ((conn->capable & acl) == acl)

@@ -116,7 +116,12 @@ step "who is refused looks at the root while its owner works"
 coffer volume create own --size 64M --allow uid:65534 --uid 65534 --mode 0700 --strict >/dev/null
 mkdir "$T/own"
 coffer mount own "$T/own" >/dev/null
-while stat "$T/own"; do :; done >/dev/null &
+others=()
+for _ in 1 2; do
+    python3 -c 'import os, sys
+while True: os.stat(sys.argv[1])' "$T/own" &
+    others+=($!)
+done
 timeout 60 setpriv --reuid 65534 --regid 65534 --clear-groups python3 - "$T/own" <<'END' || fail "the owner was hindered"
 import os, sys, time
 end = time.monotonic() + 4
@@ -124,8 +129,10 @@ while time.monotonic() < end:
     os.close(os.open(sys.argv[1] + "/x", os.O_CREAT | os.O_WRONLY, 0o600))
     os.unlink(sys.argv[1] + "/x")
 END
-kill $!
+kill "${others[@]}"
 refused 'permission denied' ls "$T/own"
+nobody ln -s the-target "$T/own/link" && expect the-target "$(nobody readlink "$T/own/link")" "the owner's link"
+expect "" "$(readlink "$T/own/link")" "a strict volume's link, as others see it"
 expect "700 65534" "$(stat -c '%a %u' "$T/own")" "mode and owner of the root, as others see it"
 coffer umount "$T/own" >/dev/null && coffer volume rm own >/dev/null || fail "umount and rm own"
 
