@@ -503,16 +503,17 @@ static struct grant *grant_take(struct server *s, struct pending *p, struct outc
     return grants_add_take(s->grants, g);
 }
 
-/* The first container on a fresh volume: from now on the engine may fill nothing any more. */
+/* The first container or local user on a fresh volume: from now on the engine may fill nothing, nor read what they
+ * write. */
 static int mark_used(struct server *s, const struct outcome *o)
 {
     int rc;
 
-    if (o->container < 0 || o->volume.state != AGENT_VOLUME_FRESH)
+    if (o->volume.state != AGENT_VOLUME_FRESH)
         return 0;
     rc = keystore_volume_set_state(s->keystore, o->volume.name, AGENT_VOLUME_USED);
     if (rc == 0)
-        grants_end(s->grants, o->volume.name, GRANT_ENGINE, "a container has begun to use the volume");
+        grants_end(s->grants, o->volume.name, GRANT_ENGINE, "the volume is in use");
     return rc;
 }
 

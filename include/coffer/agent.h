@@ -91,7 +91,7 @@ struct agent_slot {
 
 enum agent_volume_state_kind {
     AGENT_VOLUME_NEW = 0,   /* recorded, not yet formatted */
-    AGENT_VOLUME_FRESH = 1, /* formatted, no container has used it: the engine may fill it */
+    AGENT_VOLUME_FRESH = 1, /* formatted, nobody has used it: the engine may fill it */
     AGENT_VOLUME_USED = 2,
 };
 
@@ -142,7 +142,8 @@ struct agent_bind {
 enum agent_engine_kind { AGENT_ENGINE_BEGIN = 0, AGENT_ENGINE_END = 1 };
 
 /* The engine's Mount (BEGIN) and Unmount (END) of a volume, by its process tgid: between the two that process may fill a
- * FRESH volume, and otherwise gets the placeholder listing. The volume stays FRESH until a container's first grant. */
+ * FRESH volume, and otherwise gets the placeholder listing. The volume stays FRESH until the first grant of a
+ * container or a local user. */
 struct agent_engine {
     char name[AGENT_NAME_MAX];
     uint8_t reserved[3];
