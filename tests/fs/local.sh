@@ -157,8 +157,15 @@ coffer down --force >/dev/null || fail "down --force"
 mountpoint -q "$T/a" && fail "down left a mount"
 pgrep -f "$T/c" >/dev/null && fail "down left a process: $(pgrep -af "$T/c")"
 coffer down | grep -q 'not running' || fail "down, a second time"
+# Nobody waits for the other end of a FIFO.
+mv "$T/c/cofferd.json" "$T/kept" && mkfifo "$T/c/cofferd.json"
+one_line 1 'cofferd.json.*mend it' timeout 9 "$BUILD/coffer" --root "$T/c" up
+rm "$T/c/cofferd.json" && mv "$T/kept" "$T/c/cofferd.json"
+mv "$T/c/keystore/generations" "$T/kept" && mkfifo "$T/c/keystore/generations" && chown coffer-keyd "$T/c/keystore/generations"
 cofferd_start
 is false unlocked status
+one_line 1 'generations' coffer unlock --key-file "$T/key"
+rm "$T/c/keystore/generations" && mv "$T/kept" "$T/c/keystore/generations"
 one_line 1 'coffer unlock' coffer mount v "$T/a"
 coffer unlock --key-file "$T/key" >/dev/null
 coffer mount v "$T/a" >/dev/null
