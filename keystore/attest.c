@@ -205,6 +205,7 @@ int attest_parse_status(struct attest *a, const char *text)
     if (status_numbers(uid, v, ARRAY_LEN(v)) != 4 || v[0] > UINT32_MAX)
         return -EACCES;
     a->uid = (uid_t)v[0];
+    a->one_uid = v[1] == v[0] && v[2] == v[0] && v[3] == v[0];
     n = status_numbers(nspid, v, ARRAY_LEN(v));
     if (n < 1)
         return -EACCES;

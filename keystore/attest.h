@@ -25,6 +25,7 @@ struct attest_cgroup {
 struct attest {
     pid_t tid, tgid;
     uid_t uid;         /* real, in the agent's user namespace */
+    bool one_uid;      /* effective, saved and filesystem's are the same */
     bool own_pid_ns;   /* in the agent's own pid namespace */
     bool thread_pidfd; /* pidfd names the thread itself: an answer may be cached against it */
     bool shaped;       /* some component looks like a container's, whether its id is in ids or not */

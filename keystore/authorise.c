@@ -503,16 +503,17 @@ static struct grant *grant_take(struct server *s, struct pending *p, struct outc
     return grants_add_take(s->grants, g);
 }
 
-/* The first container on a fresh volume: from now on the engine may fill nothing any more. */
+/* The first container or local user on a fresh volume: from now on the engine may fill nothing, nor read what they
+ * write. */
 static int mark_used(struct server *s, const struct outcome *o)
 {
     int rc;
 
-    if (o->container < 0 || o->volume.state != AGENT_VOLUME_FRESH)
+    if (o->volume.state != AGENT_VOLUME_FRESH)
         return 0;
     rc = keystore_volume_set_state(s->keystore, o->volume.name, AGENT_VOLUME_USED);
     if (rc == 0)
-        grants_end(s->grants, o->volume.name, GRANT_ENGINE, "a container has begun to use the volume");
+        grants_end(s->grants, o->volume.name, GRANT_ENGINE, "the volume is in use");
     return rc;
 }
 
@@ -535,8 +536,9 @@ static void answer_allowed(struct server *s, struct conn *c, struct pending *p, 
         send_refusal(c, p->msg_id, -EACCES);
         return;
     }
-    /* The grant takes the caller and closes its pidfd, of which this answer needs one. */
-    alive.thread_pidfd = p->caller->thread_pidfd;
+    /* The grant takes the caller and closes its pidfd, of which this answer needs one. The server keeps the answer for
+     * the thread as FUSE's user, the effective one: where a rule named the real one and they differ, for nobody. */
+    alive.thread_pidfd = p->caller->thread_pidfd && (o->container >= 0 || p->caller->one_uid);
     alive.pidfd = p->caller->pidfd;
     if (!g) {
         p->caller->pidfd = -1;

@@ -1242,7 +1242,8 @@ int server_new(const struct server_config *config, struct server **ret)
     if (rc == 0 && (rc = audit_open(s->dir_fd, &s->audit)) < 0)
         log_err("the audit log cannot be opened: %s", strerror(-rc));
     if (rc == 0 && (rc = keystore_open(s->dir_fd, &s->keystore)) < 0)
-        log_err("the keystore cannot be opened: %s", strerror(-rc));
+        log_err("the keystore cannot be opened: %s",
+                rc == -EBADMSG ? "its file is damaged: restore it from a backup" : strerror(-rc));
     if (rc == 0 && fcntl(s->listen_fd, F_SETFL, O_NONBLOCK) < 0) {
         rc = -errno;
         log_err("descriptor 3 is no socket: %s", strerror(-rc));

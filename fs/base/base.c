@@ -171,12 +171,18 @@ out:
 int file_read_all(int dirfd, const char *name, size_t max, char **ret_buf, size_t *ret_n)
 {
     char *buf = NULL;
+    struct stat st;
     ssize_t got;
     int fd, rc = 0;
 
-    fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+    /* Nobody shall wait for the other end of a FIFO. */
+    fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
     if (fd < 0)
         return -errno;
+    if (fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode)) {
+        close_quiet(fd);
+        return -EINVAL;
+    }
     buf = xmalloc(max + 2);
     got = read_upto(fd, buf, max + 1);
     if (got < 0)

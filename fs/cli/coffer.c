@@ -107,6 +107,10 @@ static int say(int code, const char *hint, const char *fmt, va_list ap)
     char line[1024];
 
     vsnprintf(line, sizeof(line), fmt, ap);
+    for (char *p = line; *p; p++) {
+        if ((unsigned char)*p < 0x20 || *p == 0x7f)
+            *p = '?'; /* an argument's newline: a failure is told in one line */
+    }
     fflush(stdout);
     fprintf(stderr, "coffer: %s%s\n", line, hint);
     return code;

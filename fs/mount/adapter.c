@@ -127,6 +127,8 @@ static void op_init(void *userdata, struct fuse_conn_info *conn)
     unsigned acl = FUSE_CAP_POSIX_ACL | FUSE_CAP_DONT_MASK; /* only together: the umask yields to a default ACL */
 
     (void)userdata;
+    if (mount_config.strict)
+        want &= ~(unsigned)FUSE_CAP_CACHE_SYMLINKS; /* a link in the root is read without asking for attributes */
     if (!mount_config.database)
         want |= FUSE_CAP_WRITEBACK_CACHE;
     if ((conn->capable & acl) == acl)
@@ -143,7 +145,7 @@ static void op_init(void *userdata, struct fuse_conn_info *conn)
     conn->time_gran = 1;
 }
 
-bool adapter_ready(pid_t tid, bool by_handle)
+bool adapter_ready(pid_t tid, uid_t uid, bool by_handle)
 {
     struct auth a;
 
@@ -151,7 +153,7 @@ bool adapter_ready(pid_t tid, bool by_handle)
         return false;
     if (by_handle)
         return true;
-    if (!auth_cached(tid, false, &a))
+    if (!auth_cached(tid, uid, false, &a))
         return false;
     auth_put(&a);
     return true;

@@ -12,10 +12,23 @@
 
 /* --- stat --- */
 
-/* What is shown of the root to whom no grant covers. */
+/* What is shown of the root to whom no grant covers. The kernel keeps one set of attributes, and checks others' rights by
+ * what it heard last: so owner and mode are the true ones as long as there is anybody else. */
 static void made_up_root(struct stat *st)
 {
-    *st = (struct stat){.st_ino = VOLUME_ROOT_INO, .st_mode = S_IFDIR | 0755, .st_nlink = 2, .st_blksize = 4096};
+    struct vattr attr = {.mode = S_IFDIR | 0755};
+    struct volume *v;
+
+    life_enter_any(&v);
+    if (v && vol_getattr(v, VOLUME_ROOT_INO, &attr) < 0)
+        attr = (struct vattr){.mode = S_IFDIR | 0755};
+    life_leave();
+    *st = (struct stat){.st_ino = VOLUME_ROOT_INO,
+                        .st_mode = attr.mode,
+                        .st_uid = attr.uid,
+                        .st_gid = attr.gid,
+                        .st_nlink = 2,
+                        .st_blksize = 4096};
 }
 
 void op_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)

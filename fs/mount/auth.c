@@ -8,7 +8,8 @@
  *  1. A grant is in the table exactly as long as something refers to it. A handle whose grant is not there is refused.
  *  2. A grant that has ended never lives again: the agent does not repeat numbers, a new agent has another epoch.
  *  3. A verdict is remembered only against a thread pidfd, and used only while that says that the thread is alive: the
- *     number of a dead thread, given to another one, finds nothing. Refusals are never remembered.
+ *     number of a dead thread, given to another one, finds nothing; nor does a thread that has changed its user, whom
+ *     a rule may name. Refusals are never remembered.
  *  4. No verdict of an older agent is used once a newer one is there. (Handles are: they were decided when opened.)
  */
 #include "mount.h"
@@ -32,6 +33,7 @@ struct grant {
 
 struct cached {
     pid_t tid; /* 0: free */
+    uid_t uid; /* that it had: who changes it is asked about again */
     int pidfd;
     uint64_t used;
     struct grant *grant;
@@ -157,14 +159,14 @@ static bool thread_alive(int pidfd)
     return poll(&p, 1, 0) == 0;
 }
 
-bool auth_cached(pid_t tid, bool write, struct auth *ret)
+bool auth_cached(pid_t tid, uid_t uid, bool write, struct auth *ret)
 {
     struct cached *set = cache[(unsigned)tid % CACHE_SETS];
     bool found = false;
 
     pthread_mutex_lock(&auth_lock);
     for (size_t k = 0; k < CACHE_WAYS && tid > 0; k++) {
-        if (set[k].tid != tid)
+        if (set[k].tid != tid || set[k].uid != uid)
             continue;
         if (!thread_alive(set[k].pidfd)) {
             cached_drop(&set[k]);
@@ -180,7 +182,7 @@ bool auth_cached(pid_t tid, bool write, struct auth *ret)
     return found;
 }
 
-void auth_remember(pid_t tid, const struct auth *a, int pidfd_take)
+void auth_remember(pid_t tid, uid_t uid, const struct auth *a, int pidfd_take)
 {
     struct cached *set = cache[(unsigned)tid % CACHE_SETS], *place = &set[0];
 
@@ -190,7 +192,7 @@ void auth_remember(pid_t tid, const struct auth *a, int pidfd_take)
         goto out;
     }
     for (size_t k = 0; k < CACHE_WAYS; k++) {
-        if (set[k].tid == tid) {
+        if (set[k].tid == tid && set[k].uid == uid) {
             place = &set[k];
             break;
         }
@@ -199,8 +201,12 @@ void auth_remember(pid_t tid, const struct auth *a, int pidfd_take)
     }
     a->grant->refs++;
     cached_drop(place);
-    *place = (struct cached){
-        .tid = tid, .pidfd = pidfd_take, .used = ++cache_clock, .grant = a->grant, .read_only = a->read_only};
+    *place = (struct cached){.tid = tid,
+                             .uid = uid,
+                             .pidfd = pidfd_take,
+                             .used = ++cache_clock,
+                             .grant = a->grant,
+                             .read_only = a->read_only};
 out:
     pthread_mutex_unlock(&auth_lock);
 }

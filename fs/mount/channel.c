@@ -334,7 +334,7 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
     *p = w.next;
     pthread_mutex_unlock(&agent_lock);
     if (rc == 0 && w.pidfd >= 0) {
-        auth_remember(ask->tid, &w.auth, w.pidfd);
+        auth_remember(ask->tid, ask->uid, &w.auth, w.pidfd);
         w.pidfd = -1;
     }
     close_quiet(w.pidfd);

@@ -279,12 +279,12 @@ static int enter_allowed(const struct auth *a, struct volume **ret_volume)
 int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret, struct volume **ret_volume)
 {
     int64_t end = mono_ns() + (int64_t)MOUNT_WAIT_MS * 1000000;
-    pid_t tid = fuse_req_ctx(req)->pid;
+    const struct fuse_ctx *ctx = fuse_req_ctx(req);
     bool open;
     int rc;
 
     for (;;) {
-        if (auth_cached(tid, flags & LIFE_WRITE, ret)) {
+        if (auth_cached(ctx->pid, ctx->uid, flags & LIFE_WRITE, ret)) {
             if (enter_allowed(ret, ret_volume) == 0)
                 return 0;
             auth_put(ret);

@@ -209,7 +209,7 @@ static bool served_by_leader(const uint8_t *in, size_t n)
     memcpy(&h, in, sizeof(h));
     if (h.opcode >= 64 || (BLOCKING & BIT(h.opcode)) || n > SMALL_WRITE)
         return false;
-    return adapter_ready((pid_t)h.pid, BY_HANDLE & BIT(h.opcode));
+    return adapter_ready((pid_t)h.pid, h.uid, BY_HANDLE & BIT(h.opcode));
 }
 
 static void *serve(void *arg)

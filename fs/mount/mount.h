@@ -55,10 +55,10 @@ struct auth {
     struct grant *grant; /* or NULL */
 };
 
-/* A remembered verdict for the thread, when it is still alive and (write) not read-only. */
-bool auth_cached(pid_t tid, bool write, struct auth *ret);
+/* A remembered verdict for the thread as this user, when it is still alive and (write) not read-only. */
+bool auth_cached(pid_t tid, uid_t uid, bool write, struct auth *ret);
 /* Remembers it while the thread of pidfd (taken) lives. */
-void auth_remember(pid_t tid, const struct auth *a, int pidfd_take);
+void auth_remember(pid_t tid, uid_t uid, const struct auth *a, int pidfd_take);
 /* Drops the reference; *a is empty then. */
 void auth_put(struct auth *a);
 /* False once the grant has ended. */
@@ -186,8 +186,9 @@ bool loop_kills_suidgid(void);
 /* --- adapter.c --- */
 
 extern const struct fuse_lowlevel_ops adapter_ops;
-/* May a request be served at once, without waiting for the agent or the volume: one by a thread tid, or decided before? */
-bool adapter_ready(pid_t tid, bool by_handle);
+/* May a request be served at once, without waiting for the agent or the volume: one by a thread tid of uid, or
+ * decided before? */
+bool adapter_ready(pid_t tid, uid_t uid, bool by_handle);
 
 /* --- sandbox.c --- */
 

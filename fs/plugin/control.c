@@ -46,8 +46,9 @@ static void send_json(int sock, json_t *v)
 {
     char *text = json_dumps(v, JSON_COMPACT);
 
-    if (text)
-        frame_send(sock, text, strlen(text), NULL, 0);
+    /* One that does not read is waited for once: what follows a line that it did not get is worth nothing. */
+    if (text && frame_send(sock, text, strlen(text), NULL, 0) < 0)
+        shutdown(sock, SHUT_RDWR);
     free(text);
     json_decref(v);
 }

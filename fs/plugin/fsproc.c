@@ -267,23 +267,35 @@ static void take_task_end(struct fsproc *p, uint64_t id, int result)
     pthread_mutex_unlock(&p->lock);
 }
 
+/* The task with this id, or the run. Only the calling thread ends it, so it and its sink live on without p->lock, which
+ * nobody shall wait for as long as a reader of lines takes. */
+static struct task *task_of(struct fsproc *p, uint64_t id)
+{
+    struct task *t;
+
+    pthread_mutex_lock(&p->lock);
+    t = p->task && (p->task->id == id || p->task->id == 0) ? p->task : NULL;
+    pthread_mutex_unlock(&p->lock);
+    return t;
+}
+
 static void take_line(struct fsproc *p, uint64_t id, const char *text)
 {
-    pthread_mutex_lock(&p->lock);
-    /* The asker waits on p->changed, so its callback's context lives. */
-    if (p->task && (p->task->id == id || p->task->id == 0)) {
-        p->task->lines++;
-        p->task->sink->line(p->task->sink->ctx, text);
-    }
-    pthread_mutex_unlock(&p->lock);
+    struct task *t = task_of(p, id);
+
+    if (!t)
+        return;
+    t->lines++;
+    if (t->sink->line)
+        t->sink->line(t->sink->ctx, text);
 }
 
 static void take_progress(struct fsproc *p, uint64_t id, const struct server_progress *at)
 {
-    pthread_mutex_lock(&p->lock);
-    if (p->task && (p->task->id == id || p->task->id == 0) && p->task->sink->progress)
-        p->task->sink->progress(p->task->sink->ctx, at->done, at->total);
-    pthread_mutex_unlock(&p->lock);
+    struct task *t = task_of(p, id);
+
+    if (t && t->sink->progress)
+        t->sink->progress(t->sink->ctx, at->done, at->total);
 }
 
 static void take_stat(struct fsproc *p, const struct server_stat *st)
@@ -723,15 +735,10 @@ int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation)
 
 /* --- runs to the end --- */
 
-static void no_line(void *ctx, const char *text)
-{
-    (void)ctx, (void)text;
-}
-
 int fsproc_run(const char *verb, const char *name, const char *option, const char *value, const int *fds, int nfds,
                const struct fsproc_sink *sink, struct why *why)
 {
-    static const struct fsproc_sink none = {.line = no_line};
+    static const struct fsproc_sink none;
     const char *argv[] = {"coffer-fs", verb, name, option, value, NULL};
     int pair[2], all[SPAWN_FDS_MAX], rc;
     struct task t = {.sink = sink ? sink : &none};

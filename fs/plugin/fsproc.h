@@ -59,7 +59,7 @@ int fsproc_stat(struct fsproc *p, int ms, struct server_stat *ret);
 void fsproc_refresh(struct fsproc *p);
 /* Where the findings of what takes long go, and how far it is; called with the server's lock held. */
 struct fsproc_sink {
-    void (*line)(void *ctx, const char *text);
+    void (*line)(void *ctx, const char *text);                  /* NULL as well */
     void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */
     void *ctx;
 };

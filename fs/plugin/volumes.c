@@ -3,7 +3,7 @@
  *
  * Making a volume, each step durable before the next: record in the keystore (NEW), rules, directory with two empty files,
  * format, record FRESH, state file. So after a crash a volume is either listed and whole, or:
- *   NEW in the keystore     never held data: the next create of that name destroys it and starts over
+ *   NEW in the keystore     never held data: the next create of that name, or unlock, destroys it
  *   FRESH, but not listed   whole: the next create, or unlock, takes it into the list
  * Files that are not empty are never formatted: each try has a directory of its own, named by the new record's id.
  */
@@ -416,16 +416,29 @@ static int format(struct plugin_volume *v, const struct volume_import *import, s
     return rc;
 }
 
-static void roll_back(struct plugin_volume *v)
+/* Of a volume that never held data. The record goes last: as long as it is there, somebody finds the files. True when
+ * nothing is left. */
+static bool roll_back(struct plugin_volume *v)
 {
     struct why why;
-    int rc = agent_volume_rm(v->name, &why);
+    int rc = remove_files(v->id);
 
+    if (rc < 0) {
+        log_err("volume %s: its files are not removed (the next create or unlock does it): %s", v->name, strerror(-rc));
+        return false;
+    }
+    rc = agent_volume_rm(v->name, &why);
     if (rc < 0 && rc != -ENOENT)
-        log_err("volume %s: not undone in the keystore (the next create does it): %s", v->name, why.text);
-    rc = remove_files(v->id);
-    if (rc < 0)
-        log_err("volume %s: its files are not removed: %s", v->name, strerror(-rc));
+        log_err("volume %s: not undone in the keystore (the next create or unlock does it): %s", v->name, why.text);
+    return rc == 0 || rc == -ENOENT;
+}
+
+/* What a create left that was broken off. op_lock held. */
+static bool discard(struct plugin_volume *v, const struct agent_volume *av)
+{
+    take_record(v, av);
+    log_info("volume %s: what a broken-off create left is removed", v->name);
+    return roll_back(v);
 }
 
 static int make(struct plugin_volume *v, const struct volume_spec *s, bool engine, const struct volume_import *import,
@@ -483,9 +496,7 @@ static int create_locked(struct plugin_volume *v, const struct volume_spec *s, b
         if (rc == -ENOENT)
             return make(v, s, engine, import, why);
         if (rc == 0 && av.state == AGENT_VOLUME_NEW) {
-            take_record(v, &av);
-            log_info("volume %s: what a broken-off create left is removed", v->name);
-            roll_back(v);
+            discard(v, &av);
             return make(v, s, engine, import, why);
         }
         if (rc == 0)
@@ -702,9 +713,12 @@ int volumes_export(struct plugin_volume *v, const int fds[2], const struct fspro
 
 /* --- the keystore's view --- */
 
-static void reconcile_one(const struct agent_volume *av)
+/* True when the keystore has it no more. */
+static bool reconcile_one(const struct agent_volume *av)
 {
     struct plugin_volume *v = registry_reserve_ref(av->name);
+    struct agent_volume now;
+    bool removed = false;
     struct why why;
 
     if (mutex_lock_for(&v->op_lock, 1000) == 0) {
@@ -712,12 +726,16 @@ static void reconcile_one(const struct agent_volume *av)
             pthread_mutex_lock(&registry_lock);
             v->kind = av->state;
             pthread_mutex_unlock(&registry_lock);
-        } else if (av->state != AGENT_VOLUME_NEW && take_over(v, av, &why) < 0) {
-            log_err("%s", why.text);
+        } else if (agent_volume_get(v->name, &now, &why) == 0) { /* a create may have ended since it was listed */
+            if (now.state == AGENT_VOLUME_NEW)
+                removed = discard(v, &now);
+            else if (take_over(v, &now, &why) < 0)
+                log_err("%s", why.text);
         }
         pthread_mutex_unlock(&v->op_lock);
     }
     registry_unref(v);
+    return removed;
 }
 
 void volumes_reconcile(void)
@@ -727,14 +745,14 @@ void volumes_reconcile(void)
 
     if (!supervisor_is_up() || agent_need_unlocked(&why) < 0)
         return;
-    for (uint32_t i = 0;; i++) {
+    for (uint32_t i = 0;;) {
         struct agent_index ask = {.index = i};
 
         if (agent_call(AGENT_VOLUME_LIST, &ask, sizeof(ask), NULL, 0, AGENT_VOLUME_GET, &av, sizeof(av), AGENT_WAIT_MS,
                        &why) < 0)
             break;
-        if (memchr(av.name, 0, sizeof(av.name)) && volume_name_ok(av.name))
-            reconcile_one(&av);
+        if (!memchr(av.name, 0, sizeof(av.name)) || !volume_name_ok(av.name) || !reconcile_one(&av))
+            i++; /* else the next one has its place now */
     }
 }
 

@@ -91,7 +91,7 @@ struct agent_slot {
 
 enum agent_volume_state_kind {
     AGENT_VOLUME_NEW = 0,   /* recorded, not yet formatted */
-    AGENT_VOLUME_FRESH = 1, /* formatted, no container has used it: the engine may fill it */
+    AGENT_VOLUME_FRESH = 1, /* formatted, nobody has used it: the engine may fill it */
     AGENT_VOLUME_USED = 2,
 };
 
@@ -142,7 +142,8 @@ struct agent_bind {
 enum agent_engine_kind { AGENT_ENGINE_BEGIN = 0, AGENT_ENGINE_END = 1 };
 
 /* The engine's Mount (BEGIN) and Unmount (END) of a volume, by its process tgid: between the two that process may fill a
- * FRESH volume, and otherwise gets the placeholder listing. The volume stays FRESH until a container's first grant. */
+ * FRESH volume, and otherwise gets the placeholder listing. The volume stays FRESH until the first grant of a
+ * container or a local user. */
 struct agent_engine {
     char name[AGENT_NAME_MAX];
     uint8_t reserved[3];
@@ -198,7 +199,7 @@ enum agent_auth_flags {
 struct agent_auth {
     int32_t tid;     /* FUSE's in.pid; 0 is denied */
     uint32_t flags;  /* enum agent_auth_flags */
-    uint32_t uid;    /* FUSE's in.uid, for the audit record only */
+    uint32_t uid;    /* FUSE's in.uid: never decided by */
     uint32_t opcode; /* FUSE opcode, for the audit record */
 };
 

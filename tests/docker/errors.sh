@@ -63,6 +63,7 @@ one_line 1 'block' coffer volume create v --block 5k
 one_line 1 'profile' coffer volume create v --profile fast
 one_line 1 'selector|rule|unknown' coffer volume create v --allow colour:blue
 one_line 1 'no volume|no such|not' coffer volume inspect nobody
+one_line 2 'unexpected argument "a.b"' coffer volume inspect v $'a\nb'
 one_line 1 'no volume|no such|not' coffer volume rm nobody
 one_line 1 'no such|no volume|not' coffer mount nobody "$T"
 

@@ -82,6 +82,20 @@ chmod 666 "$T/a/data"
 refused 'permission denied' nobody cat "$T/a/data"
 refused 'permission denied' nobody ls "$T/a"
 audited '65534' "the refusal of nobody"
+# Whoever was root when it was let in is asked about anew as another user.
+python3 - "$T/a/data" <<'END' || fail "a process that has become nobody is still let in"
+import os, sys
+open(sys.argv[1]).close()
+os.setresuid(0, 65534, 0)
+open(sys.argv[1]).close()  # the real user is still root; not to be remembered for nobody
+os.setresuid(0, 0, 0)
+os.setresuid(65534, 65534, 65534)
+try:
+    open(sys.argv[1])
+    sys.exit(1)
+except PermissionError:
+    pass
+END
 coffer why v --pid $$ | grep -q '^allowed' || fail "why: $(coffer why v --pid $$)"
 setpriv --reuid 65534 --clear-groups sleep 100 >/dev/null &
 is_nobody() { [ "$(awk '/^Uid/{print $2}' "/proc/$!/status")" = 65534 ]; }
@@ -97,6 +111,30 @@ coffer policy remove v deny uid:65534 >/dev/null
 coffer policy remove v allow uid:65534,ro >/dev/null
 refused 'permission denied' nobody cat "$T/a/data"
 one_line 1 'no such|not' coffer policy remove v allow uid:65534,ro
+
+step "who is refused looks at the root while its owner works"
+coffer volume create own --size 64M --allow uid:65534 --uid 65534 --mode 0700 --strict >/dev/null
+mkdir "$T/own"
+coffer mount own "$T/own" >/dev/null
+others=()
+for _ in 1 2; do
+    python3 -c 'import os, sys
+while True: os.stat(sys.argv[1])' "$T/own" &
+    others+=($!)
+done
+timeout 60 setpriv --reuid 65534 --regid 65534 --clear-groups python3 - "$T/own" <<'END' || fail "the owner was hindered"
+import os, sys, time
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    os.close(os.open(sys.argv[1] + "/x", os.O_CREAT | os.O_WRONLY, 0o600))
+    os.unlink(sys.argv[1] + "/x")
+END
+kill "${others[@]}"
+refused 'permission denied' ls "$T/own"
+nobody ln -s the-target "$T/own/link" && expect the-target "$(nobody readlink "$T/own/link")" "the owner's link"
+expect "" "$(readlink "$T/own/link")" "a strict volume's link, as others see it"
+expect "700 65534" "$(stat -c '%a %u' "$T/own")" "mode and owner of the root, as others see it"
+coffer umount "$T/own" >/dev/null && coffer volume rm own >/dev/null || fail "umount and rm own"
 
 step "locking under a mount"
 echo "written before" >"$T/a/before"
@@ -119,8 +157,15 @@ coffer down --force >/dev/null || fail "down --force"
 mountpoint -q "$T/a" && fail "down left a mount"
 pgrep -f "$T/c" >/dev/null && fail "down left a process: $(pgrep -af "$T/c")"
 coffer down | grep -q 'not running' || fail "down, a second time"
+# Nobody waits for the other end of a FIFO.
+mv "$T/c/cofferd.json" "$T/kept" && mkfifo "$T/c/cofferd.json"
+one_line 1 'cofferd.json.*mend it' timeout 9 "$BUILD/coffer" --root "$T/c" up
+rm "$T/c/cofferd.json" && mv "$T/kept" "$T/c/cofferd.json"
+mv "$T/c/keystore/generations" "$T/kept" && mkfifo "$T/c/keystore/generations" && chown coffer-keyd "$T/c/keystore/generations"
 cofferd_start
 is false unlocked status
+one_line 1 'generations' coffer unlock --key-file "$T/key"
+rm "$T/c/keystore/generations" && mv "$T/kept" "$T/c/keystore/generations"
 one_line 1 'coffer unlock' coffer mount v "$T/a"
 coffer unlock --key-file "$T/key" >/dev/null
 coffer mount v "$T/a" >/dev/null
