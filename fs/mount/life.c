@@ -340,14 +340,14 @@ static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
     free(ino);
 }
 
-/* A server that has taken over does not know what the kernel has of before. */
+/* A server that has taken over may not know what the kernel has of before. */
 static void invalidate_unknown(struct fuse_session *se)
 {
     uint64_t next = VOLUME_ROOT_INO;
     struct volume *v;
 
     life_enter_any(&v);
-    if (v && mount_config.takeover)
+    if (v && inodes_unknown())
         next = vol_next_inode(v);
     life_leave();
     for (uint64_t ino = VOLUME_ROOT_INO + 1; ino < next; ino++)
@@ -424,6 +424,16 @@ int life_lock(struct fuse_session *se, bool notify)
         fuse_lowlevel_notify_inval_inode(se, VOLUME_ROOT_INO, 0, 0);
     }
     return rc;
+}
+
+void life_checkpoint(void)
+{
+    struct volume *v;
+
+    life_enter_any(&v);
+    if (v)
+        (void)volume_checkpoint(v); /* closing tells */
+    life_leave();
 }
 
 void life_stop(void)

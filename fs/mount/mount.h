@@ -34,7 +34,8 @@ struct mount_config {
     bool database; /* write-through */
     bool strict;   /* attributes are asked for at every use */
     bool direct;   /* SERVER_FD_DIRECT is there */
-    bool takeover; /* another server of this mount died: init is what it had agreed on with the kernel */
+    bool page;     /* so is SERVER_FD_PAGE */
+    bool takeover; /* another server of this mount ended: init is what it had agreed on with the kernel */
     struct server_init init;
     uint64_t mount_id;
 };
@@ -144,17 +145,25 @@ bool life_is_open(void);
 int life_lock(struct fuse_session *se, bool notify);
 /* Opens the volume on the strength of the grants that live on from the mount's last server, if there are any. */
 void life_resume(void);
+/* Checkpoints, while requests go on: closing takes less time then. */
+void life_checkpoint(void);
 /* Ends all grants; nothing is opened from now on. */
 void life_stop(void);
 
 /* --- inodes.c: the kernel's references, each also one in the engine while a volume is open --- */
 
+/* Reads what the mount's last server has left, if there was one. */
+void inodes_begin(void);
+/* The kernel may have content of any inode, also of those that are not listed. */
+bool inodes_unknown(void);
 void inodes_ref(uint64_t ino);
 /* Returns how many of n references there were. */
 uint64_t inodes_forget(uint64_t ino, uint64_t n);
 /* It has pages in the kernel's cache from now on; write: one handle more that may write. */
 void inodes_opened(uint64_t ino, bool write);
 void inodes_closed(uint64_t ino, bool write);
+/* Content of it goes to the kernel without a handle (a symbolic link's). */
+void inodes_cached(uint64_t ino);
 /* Is there a handle that may write? */
 bool inodes_written(uint64_t ino);
 enum inodes_which { INODES_WRITTEN, INODES_OPENED, INODES_ALL };
@@ -170,6 +179,8 @@ int loop_init(struct fuse_session *se, const struct server_init **ret_init);
 int loop_resend(void);
 /* Starts the threads on SERVER_FD_FUSE. on_end is called once, when the mount is gone. */
 int loop_start(void (*on_end)(void));
+/* Nothing more is read; waits until what was read is answered, at most ms. 0, -ETIMEDOUT: something is still at work. */
+int loop_stop(int ms);
 
 /* What a thread's request is, beyond what libfuse tells an operation. */
 struct loop_request {
@@ -186,6 +197,9 @@ bool loop_kills_suidgid(void);
 /* --- adapter.c --- */
 
 extern const struct fuse_lowlevel_ops adapter_ops;
+/* No thread of the adapter's notifies the kernel any more, and what would need it is left unanswered: for the next server.
+ * Waits ms at most. 0 or -ETIMEDOUT. */
+int adapter_quiesce(int ms);
 /* May a request be served at once, without waiting for the agent or the volume: one by a thread tid, or decided before? */
 bool adapter_ready(pid_t tid, bool by_handle);
 

@@ -1,7 +1,8 @@
 /*
  * cofferd.c - the root daemon's beginning and end: arguments, directories, users, and the order in which the parts start.
  *
- *   cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH] [--foreground]
+ *   cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH]
+ *           [--takeover-timeout SECONDS] [--foreground]
  *
  * Order of reading: registry (what is known) - supervisor (coffer-keyd) - broker - fsproc (one coffer-fs) - mounts -
  * volumes - http (the engine's side) - control (the operator's side).
@@ -38,18 +39,23 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#define TAKEOVER_S     60 /* DESIGN section 5 */
+#define TAKEOVER_S_MAX 3600
+
 static int usage(FILE *to)
 {
-    fputs(
-        "usage: cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH] [--foreground]\n"
-        "\n"
-        "The root daemon of coffer; `coffer up` starts it. It logs to standard error.\n"
-        "  --root DIR            state in DIR, sockets and mounts in DIR/run (default /var/lib/coffer, /run/coffer)\n"
-        "  --plugin-socket PATH  where container engines find the volume driver\n"
-        "  --engine-root DIR     the engine's data (default /var/lib/docker)\n"
-        "  --engine-socket PATH  the engine's API (default /var/run/docker.sock)\n"
-        "  --foreground          stay in the terminal's session\n",
-        to);
+    fputs("usage: cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH]\n"
+          "               [--takeover-timeout SECONDS] [--foreground]\n"
+          "\n"
+          "The root daemon of coffer; `coffer up` starts it. It logs to standard error.\n"
+          "  --root DIR            state in DIR, sockets and mounts in DIR/run (default /var/lib/coffer, /run/coffer)\n"
+          "  --plugin-socket PATH  where container engines find the volume driver\n"
+          "  --engine-root DIR     the engine's data (default /var/lib/docker)\n"
+          "  --engine-socket PATH  the engine's API (default /var/run/docker.sock)\n"
+          "  --takeover-timeout S  a mount whose server died, and that no other takes over in that time, is aborted "
+          "(60)\n"
+          "  --foreground          stay in the terminal's session\n",
+          to);
     return to == stdout ? 0 : 2;
 }
 
@@ -343,6 +349,7 @@ int main(int argc, char **argv)
                                             {"plugin-socket", required_argument, NULL, 'p'},
                                             {"engine-root", required_argument, NULL, 'e'},
                                             {"engine-socket", required_argument, NULL, 's'},
+                                            {"takeover-timeout", required_argument, NULL, 't'},
                                             {"foreground", no_argument, NULL, 'f'},
                                             {"help", no_argument, NULL, 'h'},
                                             {NULL, 0, NULL, 0}};
@@ -353,6 +360,7 @@ int main(int argc, char **argv)
     int opt;
 
     log_program = "cofferd";
+    plugin_config.takeover_s = TAKEOVER_S;
     plugin_config.engine_root = "/var/lib/docker";
     plugin_config.engine_socket = "/var/run/docker.sock";
     while ((opt = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -364,6 +372,9 @@ int main(int argc, char **argv)
             plugin_config.engine_root = absolute(optarg);
         else if (opt == 's')
             plugin_config.engine_socket = absolute(optarg);
+        else if (opt == 't' && (plugin_config.takeover_s = atoi(optarg)) > 0 &&
+                 plugin_config.takeover_s <= TAKEOVER_S_MAX)
+            continue;
         else if (opt == 'f')
             foreground = true;
         else

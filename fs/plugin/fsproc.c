@@ -28,6 +28,7 @@
 #include <unistd.h>
 
 #define READY_MS         10000
+#define KILL_MS          10000 /* until what was killed has ended */
 #define REFRESH_MIN_MS   500
 #define CLOSED_MS        1000 /* between the end of its channel and its own */
 #define DAMAGE_BURST     20   /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
@@ -47,7 +48,7 @@ struct task {
 struct fsproc {
     char name[AGENT_NAME_MAX];
     struct process process;
-    int pidfd, ctl, kick; /* ctl -1: adopted */
+    int pidfd, ctl, kick; /* ctl -1: adopted, and it kept no channel */
     bool ours;            /* a child: to be reaped */
     int64_t damage_since; /* mono_ns; of the process's thread */
     int damages;
@@ -376,7 +377,9 @@ static void bury(struct fsproc *p, char *how, size_t n)
             break;
     }
     p->exit_status = p->ours ? spawn_reap(p->pidfd) : 0;
-    if (p->exit_status > 128)
+    if (!p->ours)
+        snprintf(how, n, "it ended (an earlier cofferd started it: its status is not known)");
+    else if (p->exit_status > 128)
         snprintf(how, n, "killed by signal %d", p->exit_status - 128);
     else
         snprintf(how, n, "exit status %d%s%s", p->exit_status, p->failed[0] ? ": " : "", p->failed);
@@ -530,8 +533,9 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     p = fsproc_new(name, &nobody, NULL);
     take_channel(p, pair[0]);
     p->agent_generation = fds->agent_generation;
-    rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->direct},
-                       fds->direct < 0 ? 5 : 6, &p->process, &p->pidfd, why);
+    rc = start_process(
+        argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->page, pair[0], fds->direct},
+        fds->direct < 0 ? 7 : 8, &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0) {
         fsproc_unref(p);
@@ -560,6 +564,22 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     return 0;
 }
 
+/* Our end of its channel, which it keeps for us; -1: there is none. */
+static int fetch_channel(int pidfd)
+{
+    int fd = spawn_fetch_fd(pidfd, SERVER_FD_PEER), type = 0, domain = 0;
+    socklen_t n = sizeof(type), m = sizeof(domain);
+
+    if (fd >= 0 && getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) == 0 && type == SOCK_SEQPACKET &&
+        getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &m) == 0 && domain == AF_UNIX) {
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+        return fd;
+    }
+    log_info("a server of before cannot be spoken to: %s", fd < 0 ? strerror(-fd) : "it kept something else");
+    close_quiet(fd);
+    return -1;
+}
+
 int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
                  struct fsproc **ret)
 {
@@ -569,7 +589,10 @@ int fsproc_adopt(const char *name, const struct process *process, const struct f
     p->process = *process;
     p->pidfd = process_pidfd(process);
     p->state = FS_SERVING;
+    p->next_id = (uint64_t)mono_ns(); /* late answers to the last cofferd are nobody's */
     rc = p->pidfd < 0 ? -ESRCH : 0;
+    if (rc == 0)
+        p->ctl = fetch_channel(p->pidfd);
     if (rc == 0) {
         fsproc_ref(p);
         rc = thread_start(watch, p);
@@ -590,16 +613,62 @@ void fsproc_expect_end(struct fsproc *p)
     step(p, EV_STOP);
 }
 
-void fsproc_stop(struct fsproc *p)
+/* An order without a body. 0 or -errno. */
+static int order(struct fsproc *p, enum server_type type)
 {
-    struct msg_head head = {.type = SERVER_STOP};
+    struct msg_head head = {.type = type};
 
-    fsproc_expect_end(p);
     pthread_mutex_lock(&p->lock);
     head.id = p->next_id++;
     pthread_mutex_unlock(&p->lock);
-    if (p->ctl < 0 || msg_send(p->ctl, &head, NULL, NULL, 0) < 0)
+    return p->ctl < 0 ? -ENOTCONN : msg_send(p->ctl, &head, NULL, NULL, 0);
+}
+
+void fsproc_stop(struct fsproc *p)
+{
+    fsproc_expect_end(p);
+    if (order(p, SERVER_STOP) < 0)
         spawn_signal(p->pidfd, SIGTERM);
+}
+
+int fsproc_fetch(struct fsproc *p, enum server_fd fd)
+{
+    return spawn_fetch_fd(p->pidfd, fd);
+}
+
+int fsproc_go(struct fsproc *p)
+{
+    return order(p, SERVER_GO);
+}
+
+int fsproc_hand_over(struct fsproc *p, int ms)
+{
+    int rc;
+
+    fsproc_expect_end(p);
+    rc = order(p, SERVER_HANDOVER);
+    if (rc == 0)
+        rc = fsproc_wait_end(p, ms);
+    if (rc == 0)
+        return 0;
+    fsproc_kill(p);
+    return -ETIMEDOUT;
+}
+
+void fsproc_kill(struct fsproc *p)
+{
+    spawn_signal(p->pidfd, SIGKILL);
+    fsproc_wait_end(p, KILL_MS);
+}
+
+bool fsproc_busy(struct fsproc *p)
+{
+    bool busy;
+
+    pthread_mutex_lock(&p->lock);
+    busy = p->task != NULL;
+    pthread_mutex_unlock(&p->lock);
+    return busy;
 }
 
 int fsproc_wait_end(struct fsproc *p, int ms)

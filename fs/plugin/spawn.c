@@ -158,6 +158,13 @@ int spawn_wait_end(int pidfd, int ms)
     }
 }
 
+int spawn_fetch_fd(int pidfd, int fd)
+{
+    int got = (int)syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+
+    return got < 0 ? -errno : got;
+}
+
 void spawn_signal(int pidfd, int sig)
 {
     syscall(SYS_pidfd_send_signal, pidfd, sig, NULL, 0);

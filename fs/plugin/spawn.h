@@ -5,7 +5,7 @@
 
 #include "common.h"
 
-#define SPAWN_FDS_MAX 8
+#define SPAWN_FDS_MAX 10
 
 struct spawn {
     const char *program;     /* beside our own executable */
@@ -24,6 +24,9 @@ int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pid
 int spawn_reap(int pidfd);
 /* Waits until the process of pidfd has ended, ms < 0: for ever. 0 or -ETIMEDOUT. */
 int spawn_wait_end(int pidfd, int ms);
+/* A duplicate of the process's descriptor fd, the caller's; -errno (-EPERM without CAP_SYS_PTRACE). Who answers for the
+ * process must check what it is. */
+int spawn_fetch_fd(int pidfd, int fd);
 /* Sends a signal. */
 void spawn_signal(int pidfd, int sig);
 
