@@ -25,7 +25,7 @@ struct mount_config mount_config;
 
 static pthread_mutex_t work_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t work_cond = PTHREAD_COND_INITIALIZER;
-static bool work_lock_volume, work_end, work_hand_over;
+static bool work_lock_volume, work_end, work_hand_over, work_renew;
 
 /* --- serving --- */
 
@@ -57,6 +57,14 @@ static void finish(bool notify)
     else
         channel_locked(); /* nobody will take over */
     _exit(rc < 0 ? 1 : 0);
+}
+
+static void on_unlocked(void)
+{
+    pthread_mutex_lock(&work_lock);
+    work_renew = true;
+    pthread_cond_signal(&work_cond);
+    pthread_mutex_unlock(&work_lock);
 }
 
 static void on_hand_over(void)
@@ -94,22 +102,26 @@ static void *locker(void *arg)
 {
     (void)arg;
     for (;;) {
-        bool end;
+        bool end, lock, renew;
 
         pthread_mutex_lock(&work_lock);
-        while (!work_lock_volume && !work_end && !work_hand_over)
+        while (!work_lock_volume && !work_end && !work_hand_over && !work_renew)
             pthread_cond_wait(&work_cond, &work_lock);
         end = work_end;
-        if (!end && !work_lock_volume) {
-            pthread_mutex_unlock(&work_lock);
-            hand_over();
-        }
-        work_lock_volume = false;
+        lock = work_lock_volume;
+        renew = work_renew;
+        work_lock_volume = work_renew = false;
         pthread_mutex_unlock(&work_lock);
         if (end)
             finish(false);
-        life_lock(loop_session(), true);
-        channel_locked();
+        if (lock) {
+            life_lock(loop_session(), true);
+            channel_locked();
+        } else if (renew) {
+            life_renew(false);
+        } else {
+            hand_over();
+        }
     }
     return NULL;
 }
@@ -135,6 +147,7 @@ static void *take_over(void *arg)
     int rc;
 
     (void)arg;
+    page_begin();
     inodes_begin();
     life_resume();
     rc = loop_resend();
@@ -226,8 +239,10 @@ static int serve(void)
         control_failed("libfuse makes no session");
         return 1;
     }
-    if (!mount_config.takeover)
+    if (!mount_config.takeover) {
+        page_begin();
         inodes_begin();
+    }
     rc = -pthread_create(&t, NULL, locker, NULL);
     if (rc == 0)
         rc = loop_init(se, &init);
@@ -246,8 +261,10 @@ static int serve(void)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
-                    "[--strict] [--data] [--size BYTES] [--mount-id HEX] [--takeover HEX]; started by cofferd\n");
+    fprintf(
+        stderr,
+        "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
+        "[--strict] [--data] [--size BYTES] [--mount-id HEX] [--takeover HEX] [--patience MS]; started by cofferd\n");
     return 2;
 }
 
@@ -277,6 +294,8 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--takeover") == 0 && i + 1 < argc &&
                  hex_decode(argv[i + 1], (uint8_t *)&mount_config.init, sizeof(mount_config.init)) == 0)
             mount_config.takeover = true, i++;
+        else if (strcmp(argv[i], "--patience") == 0 && i + 1 < argc)
+            mount_config.patience_ms = atoi(argv[++i]);
         else if (strcmp(argv[i], "--size") == 0 && i + 1 < argc)
             args.size = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--profile") == 0 && i + 1 < argc && strcmp(argv[i + 1], "database") == 0)
@@ -291,7 +310,7 @@ int main(int argc, char **argv)
     if (rc == 0)
         rc = sandbox_enter();
     if (rc == 0)
-        rc = channel_start(on_lock);
+        rc = channel_start(on_lock, on_unlocked);
     if (rc < 0) {
         control_failed("start failed: %s", strerror(-rc));
         return 1;

@@ -15,7 +15,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #define SLOTS_MIN 256u
 
@@ -34,8 +33,7 @@ struct slot {
 static pthread_mutex_t inodes_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static struct slot *slots;
 static size_t nslots, nused /* not never used */, nlive;
-static struct server_page *page; /* NULL: there is none */
-static bool unknown;             /* the kernel may have content of any inode */
+static bool unknown; /* the kernel may have content of any inode */
 
 #define INO_LIMIT (1ull << 48)
 
@@ -101,6 +99,7 @@ static struct slot *slot_get(uint64_t ino)
 
 static void page_add(struct slot *s)
 {
+    struct server_page *page = mount_page;
     uint32_t n = page ? page->head.inodes : 0;
 
     if (!page || s->place || n > SERVER_PAGE_INODES)
@@ -116,6 +115,7 @@ static void page_add(struct slot *s)
 
 static void page_remove(const struct slot *s)
 {
+    struct server_page *page = mount_page;
     uint32_t last = page && s->place ? page->head.inodes - 1 : 0;
     struct slot *moved;
 
@@ -129,11 +129,10 @@ static void page_remove(const struct slot *s)
 }
 
 /* What the last server has left. It may have been taken over: nothing of it is believed but as a number to be invalidated. */
-static void page_load(void)
+static void page_load(struct server_page *page)
 {
     uint32_t n = MIN(page->head.inodes, SERVER_PAGE_INODES), kept = 0;
 
-    unknown = page->head.all;
     for (uint32_t i = 0; i < n; i++) {
         uint64_t ino = page->inode[i];
         struct slot *s;
@@ -152,21 +151,11 @@ static void page_load(void)
 
 void inodes_begin(void)
 {
-    void *at = MAP_FAILED;
-
-    unknown = mount_config.takeover;
-    if (mount_config.page)
-        at = mmap(NULL, sizeof(*page), PROT_READ | PROT_WRITE, MAP_SHARED, SERVER_FD_PAGE, 0);
-    if (at == MAP_FAILED)
-        return;
-    page = at;
-    if (page->head.version != 0 && page->head.version != SERVER_PAGE_VERSION)
-        page->head.all = 1; /* of another program */
-    if (mount_config.takeover && page->head.version == SERVER_PAGE_VERSION)
-        page_load();
-    else
-        page->head.inodes = 0;
-    atomic_store((_Atomic uint32_t *)&page->head.version, SERVER_PAGE_VERSION);
+    pthread_mutex_lock(&inodes_lock);
+    unknown = mount_page ? mount_page->head.all : mount_config.takeover;
+    if (mount_page)
+        page_load(mount_page);
+    pthread_mutex_unlock(&inodes_lock);
 }
 
 bool inodes_unknown(void)

@@ -508,8 +508,8 @@ static void take_channel(struct fsproc *p, int fd)
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
                  const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why)
 {
-    const char *argv[12] = {"coffer-fs", "serve", name, NULL};
-    char init[2 * sizeof(struct server_init) + 1], mount_id[17];
+    const char *argv[14] = {"coffer-fs", "serve", name, NULL};
+    char init[2 * sizeof(struct server_init) + 1], mount_id[17], patience[12];
     int pair[2], n = 3, rc;
     struct fsproc *p;
 
@@ -524,8 +524,11 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     argv[n++] = mount_id;
     if (fds->takeover) {
         hex_encode((const uint8_t *)fds->takeover, sizeof(*fds->takeover), init);
+        snprintf(patience, sizeof(patience), "%d", fds->patience_ms);
         argv[n++] = "--takeover";
         argv[n++] = init;
+        argv[n++] = "--patience";
+        argv[n++] = patience;
     }
     argv[n] = NULL;
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)

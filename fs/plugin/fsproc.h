@@ -27,6 +27,7 @@ struct fsproc_fds {
     int direct;                /* or -1 */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
     uint64_t mount_id;
+    int patience_ms;                    /* with takeover: how long it may wait for the keystore */
     const struct server_init *takeover; /* of the mount's last server; NULL: a new mount */
 };
 

@@ -53,6 +53,7 @@
 #define HEALTHY_MS      60000 /* a server that lived so long does not count as dying in a row */
 #define RESTARTS_MAX    6
 #define HANDOVER_MS     30000 /* until a server that shall end for the next one is killed */
+#define PATIENCE_MIN_MS 1000  /* for the keystore to be unlocked, of a server that takes over */
 #define DEATHS_MS       10000 /* ARRAY_LEN(death_ns) deaths in that time: the next server would die, too */
 
 /* Podman, whose every command is a process of its own, mounts all with this one ID and counts by itself. */
@@ -563,11 +564,25 @@ static int server_go(struct plugin_volume *v, struct fsproc *fs, int log, struct
     return rc < 0 ? why_set(why, rc, "the new server of volume %s does not listen: %s", v->name, strerror(-rc)) : 0;
 }
 
+/* What is left of the time in which a mount must have another server. op_lock held. */
+static int patience_ms(const struct plugin_volume *v)
+{
+    int64_t died = v->death_ns[ARRAY_LEN(v->death_ns) - 1];
+    int64_t left = plugin_config.takeover_s * 1000 - (died ? (mono_ns() - died) / 1000000 : 0);
+
+    return (int)MAX(left, PATIENCE_MIN_MS);
+}
+
 /* On the mount if there is one (then it takes over), else on a new one. old: the server that lives on until the new one stands
  * ready, then ends; or NULL. An error leaves old as it is, or ended and the mount FAILED. */
 static int server_start(struct plugin_volume *v, struct fsproc *old, struct why *why)
 {
-    struct fsproc_fds fds = {-1, -1, -1, -1, -1, -1, supervisor_generation(), 0, NULL};
+    struct fsproc_fds fds = {.agent = -1,
+                             .data = -1,
+                             .log = -1,
+                             .direct = -1,
+                             .agent_generation = supervisor_generation(),
+                             .patience_ms = patience_ms(v)};
     bool takeover = v->fuse_fd >= 0;
     struct plugin_volume *ref = NULL;
     struct server_init init;

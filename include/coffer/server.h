@@ -2,7 +2,7 @@
  * server.h - between cofferd and the coffer-fs processes it starts, over msg.h packets on a socketpair (the control
  * channel), and how coffer-fs is started:
  *
- *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX] [--strict] [--profile database]
+ *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX --patience MS] [--strict] [--profile database]
  *   coffer-fs format|check|repair|resize|export|import NAME ...
  *
  * with the descriptors below at fixed numbers, everything else closed, as its own user without any capability and with
@@ -54,6 +54,7 @@ enum server_type {
  * The kernel's FUSE_INIT with the flags that were agreed on, which --takeover tells the next server of the same mount when
  * this one has ended: the kernel sends no other. --mount-id is one number for all servers of a mount. One with --takeover is
  * SERVER_READY as soon as it can go on, and waits for SERVER_GO: so a planned change is begun only when the next server stands.
+ * Where the keystore is locked it waits for it, up to --patience, before it has the kernel send its requests again.
  *
  * A cofferd that ends takes nothing along: coffer-fs holds, besides its own, cofferd's end of the control channel, and
  * the next cofferd fetches that, the mount's descriptor and the page with pidfd_getfd(2) from the process that the state
@@ -74,11 +75,23 @@ struct server_page_head {
     uint32_t version; /* SERVER_PAGE_VERSION; 0: nothing was written yet */
     uint32_t all;     /* not 0: inode[] does not hold all (there was no room, or it is not known) */
     uint32_t inodes;  /* used places of inode[] */
-    uint32_t reserved[1021];
+    uint32_t open;    /* not 0: the volume was open */
+    uint32_t reserved[1020];
 };
+
+/* A thread that was given a grant, in case that the agent ends with the server: struct agent_renew asks for it. */
+struct server_witness {
+    uint64_t grant; /* 0: none here */
+    uint64_t agent; /* that gave it (struct agent_unlocked) */
+    uint64_t pidfd_ino;
+    int32_t tid;
+    uint32_t write;
+};
+#define SERVER_PAGE_WITNESSES 1024
 
 struct server_page {
     struct server_page_head head;
+    struct server_witness witness[SERVER_PAGE_WITNESSES];
     uint64_t inode[SERVER_PAGE_INODES]; /* whose content the kernel may have in its cache */
 };
 #define SERVER_PAGE_VERSION 1u

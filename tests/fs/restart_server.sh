@@ -15,7 +15,7 @@ for profile in general database; do
     coffer mount "$v" "$T/$v" >/dev/null || fail "mount"
     dev=$(stat -c %d "$T/$v")
     step "$profile: $ROUNDS changes of the server under load"
-    python3 "$here/takeover.py" "$T/$v" $((ROUNDS + 3)) >"$T/out" 2>&1 &
+    python3 "$here/takeover.py" "$T/$v" $((ROUNDS * 2 + 6)) >"$T/out" 2>&1 &
     load=$!
     ms=()
     for ((i = 1; i <= ROUNDS; i++)); do

@@ -85,7 +85,7 @@ ended() { [ -z "$(cofferd_pid)" ]; }
 wait_for 10 ended
 OLD=$BUILD
 BUILD=$T/bin
-(exec -a cofferd setsid "$BUILD/cofferd" --root "$T/c" --takeover-timeout 4 >>"$T/c/cofferd.log" 2>&1 </dev/null &)
+(setsid bash -c "exec -a cofferd '$BUILD/cofferd' --root '$T/c' --takeover-timeout 4" >>"$T/c/cofferd.log" 2>&1 </dev/null &)
 up() { coffer status; }
 wait_for 10 up
 touch "$T/m/before" || fail "the mount after cofferd's restart"

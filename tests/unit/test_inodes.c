@@ -46,6 +46,7 @@ static void server(bool takeover, void (*work)(void))
     assert_true(pid >= 0);
     if (pid == 0) {
         mount_config.takeover = takeover;
+        page_begin();
         inodes_begin();
         work();
         _exit(0);
