@@ -8,7 +8,10 @@
  * The table `steps` is this drawing. Invariants:
  *  1. Only the process's own thread reads its channel, reaps it and moves its state; others ask through p->want and wait
  *     on p->changed.
- *  2. GONE is final: the process has been reaped (or, adopted, has been seen to end).
+ *  2. GONE is final: the process has been reaped (or, adopted, has been seen to end), or it was killed and a thread of it
+ *     hangs in the kernel for good, in a notification: that waits for a lock whose holder waits for an answer, which the next
+ *     server will give. Such a process does nothing any more (spawn_only_writes), but keeps its files open, with the lock
+ *     on `log`: so that is taken from it here, by a descriptor of the same open file.
  *  3. The owner is called by that thread, without p->lock. Until a server is handed over, its owner is `nobody`.
  */
 #include "fsproc.h"
@@ -28,6 +31,7 @@
 #include <unistd.h>
 
 #define READY_MS         10000
+#define LOOK_MS          2000  /* between looks at whether it hangs */
 #define KILL_MS          10000 /* until what was killed has ended */
 #define REFRESH_MIN_MS   500
 #define CLOSED_MS        1000 /* between the end of its channel and its own */
@@ -48,6 +52,7 @@ struct task {
 struct fsproc {
     char name[AGENT_NAME_MAX];
     struct process process;
+    int log_fd;           /* its `log`, the same open file, or -1 */
     int pidfd, ctl, kick; /* ctl -1: adopted, and it kept no channel */
     bool ours;            /* a child: to be reaped */
     int64_t damage_since; /* mono_ns; of the process's thread */
@@ -167,7 +172,7 @@ static struct fsproc *fsproc_new(const char *name, const struct fsproc_owner *ow
     struct fsproc *p = xcalloc(1, sizeof(*p));
 
     snprintf(p->name, sizeof(p->name), "%s", name);
-    p->pidfd = p->ctl = -1;
+    p->pidfd = p->ctl = p->log_fd = -1;
     p->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->owner = owner;
     p->ctx = ctx;
@@ -199,6 +204,7 @@ void fsproc_unref(struct fsproc *p)
         return;
     close_quiet(p->pidfd);
     close_quiet(p->ctl);
+    close_quiet(p->log_fd);
     close_quiet(p->kick);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->changed);
@@ -367,8 +373,19 @@ static void send_wanted(struct fsproc *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* It has ended: reads what it said last, reaps it, and says how it went. */
-static void bury(struct fsproc *p, char *how, size_t n)
+/* The open file, and so the lock, is ours as well as its: it must not outlive it. */
+static void unlock_log(struct fsproc *p)
+{
+    struct flock fl = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+
+    if (p->log_fd >= 0)
+        fcntl(p->log_fd, F_OFD_SETLK, &fl);
+    close_quiet(p->log_fd);
+    p->log_fd = -1;
+}
+
+/* It has ended, or hangs: reads what it said last, reaps it, and says how it went. */
+static void bury(struct fsproc *p, bool hangs, char *how, size_t n)
 {
     while (p->ctl >= 0) {
         struct pollfd f = {.fd = p->ctl, .events = POLLIN};
@@ -376,8 +393,11 @@ static void bury(struct fsproc *p, char *how, size_t n)
         if (poll(&f, 1, 0) <= 0 || !take_message(p))
             break;
     }
-    p->exit_status = p->ours ? spawn_reap(p->pidfd) : 0;
-    if (!p->ours)
+    p->exit_status = p->ours && !hangs ? spawn_reap(p->pidfd) : 0;
+    unlock_log(p);
+    if (hangs)
+        snprintf(how, n, "killed; a thread of it waits in the kernel for an answer of the next one");
+    else if (!p->ours)
         snprintf(how, n, "it ended (an earlier cofferd started it: its status is not known)");
     else if (p->exit_status > 128)
         snprintf(how, n, "killed by signal %d", p->exit_status - 128);
@@ -399,15 +419,18 @@ static void *watch(void *arg)
     struct listener l;
     int64_t ticked = mono_ns();
     char how[AGENT_TEXT_MAX + 64];
+    bool hangs = false;
 
-    for (;;) {
+    while (!hangs) {
         struct pollfd f[3] = {{.fd = p->pidfd, .events = POLLIN},
                               {.fd = p->kick, .events = POLLIN},
                               {.fd = channel ? p->ctl : -1, .events = POLLIN}};
-        int r = poll(f, 3, FSPROC_TICK_MS);
+        int r = poll(f, 3, LOOK_MS);
 
         if (r < 0)
             continue;
+        if (r == 0)
+            hangs = spawn_only_writes(&p->process, SERVER_FD_FUSE);
         if (f[2].revents && !take_message(p)) {
             channel = false;
             /* One that ends closes it first. */
@@ -424,13 +447,15 @@ static void *watch(void *arg)
             ticked = mono_ns();
         }
     }
-    bury(p, how, sizeof(how));
+    bury(p, hangs, how, sizeof(how));
     l = step(p, EV_EXITED);
     if (l.died)
         l.owner->died(l.ctx, p, how);
     else
         l.owner->ended(l.ctx, p);
     l.owner->free(l.ctx);
+    if (hangs && spawn_wait_end(p->pidfd, -1) == 0 && p->ours)
+        spawn_reap(p->pidfd);
     fsproc_unref(p);
     return NULL;
 }
@@ -536,6 +561,7 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     p = fsproc_new(name, &nobody, NULL);
     take_channel(p, pair[0]);
     p->agent_generation = fds->agent_generation;
+    p->log_fd = fcntl(fds->log, F_DUPFD_CLOEXEC, 3);
     rc = start_process(
         argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->page, pair[0], fds->direct},
         fds->direct < 0 ? 7 : 8, &p->process, &p->pidfd, why);
@@ -594,8 +620,10 @@ int fsproc_adopt(const char *name, const struct process *process, const struct f
     p->state = FS_SERVING;
     p->next_id = (uint64_t)mono_ns(); /* late answers to the last cofferd are nobody's */
     rc = p->pidfd < 0 ? -ESRCH : 0;
-    if (rc == 0)
+    if (rc == 0) {
         p->ctl = fetch_channel(p->pidfd);
+        p->log_fd = spawn_fetch_fd(p->pidfd, SERVER_FD_LOG);
+    }
     if (rc == 0) {
         fsproc_ref(p);
         rc = thread_start(watch, p);
@@ -832,7 +860,7 @@ int fsproc_run(const char *verb, const char *name, const char *option, const cha
         else if (f[0].revents)
             break;
     }
-    bury(p, how, sizeof(how));
+    bury(p, false, how, sizeof(how));
     rc = p->exit_status;
     if (rc == 3)
         rc = MAX(t.lines, 1);

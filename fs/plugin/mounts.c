@@ -15,7 +15,8 @@
  * A cofferd that is started again fetches fuse_fd and page_fd from the living server (adopt_one).
  *
  * Invariants:
- *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has.
+ *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has, until it
+ *     has ended or can do nothing any more (fsproc.c).
  *  2. Nobody's data goes to the host's disk in the clear: a mountpoint exists only while something is mounted there, so
  *     binding it at any other time fails.
  *  3. A mount that a container lives with is not taken away, whatever the counts say: what other mount namespaces have
@@ -684,11 +685,14 @@ static void restart_failed(struct plugin_volume *v)
         sleep_ms(deaths <= 1 ? 0 : 1000 << MIN(deaths - 2, 5u));
         pthread_mutex_lock(&v->op_lock);
         if (v->mount == MOUNT_FAILED && registry_is_listed(v) && !is_going_down()) {
+            bool takeover = v->fuse_fd >= 0; /* the mount is the same: its directories are bound */
+
             rc = server_start(v, NULL, &why);
             if (rc == 0) {
-                bind_all(v);
+                if (!takeover)
+                    bind_all(v);
                 registry_save();
-                log_info("volume %s: mounted anew", v->name);
+                log_info("volume %s: %s", v->name, takeover ? "a new server has taken over" : "mounted anew");
             }
         }
         pthread_mutex_unlock(&v->op_lock);
