@@ -19,6 +19,7 @@
 #include "control.h"
 #include "http.h"
 #include "mounts.h"
+#include "notify.h"
 #include "registry.h"
 #include "supervisor.h"
 #include "volumes.h"
@@ -270,25 +271,6 @@ static int take_lock(struct why *why)
 
 /* --- life --- */
 
-/* The protocol of sd_notify(3): one datagram, if somebody asked for it. */
-static void notify_ready(void)
-{
-    const char *path = getenv("NOTIFY_SOCKET");
-    struct sockaddr_un a = {.sun_family = AF_UNIX};
-    int fd;
-
-    if (!path || strlen(path) < 2 || strlen(path) >= sizeof(a.sun_path))
-        return;
-    memcpy(a.sun_path, path, strlen(path));
-    if (a.sun_path[0] == '@')
-        a.sun_path[0] = 0;
-    fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd >= 0)
-        (void)!sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&a,
-                      (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path)));
-    close_quiet(fd);
-}
-
 static void agent_up(void)
 {
     volumes_reconcile();
@@ -360,6 +342,7 @@ int main(int argc, char **argv)
     int opt;
 
     log_program = "cofferd";
+    notify_begin();
     plugin_config.takeover_s = TAKEOVER_S;
     plugin_config.engine_root = "/var/lib/docker";
     plugin_config.engine_socket = "/var/run/docker.sock";

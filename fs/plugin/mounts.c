@@ -12,7 +12,8 @@
  * is open. Only where that does not work is it mounted anew. One that the operator has changed (mounts_restart_server) ends
  * only when the next one stands ready.
  *
- * A cofferd that is started again fetches fuse_fd and page_fd from the living server (adopt_one).
+ * A cofferd that is started again has fuse_fd and page_fd from the service manager's store, if there is one, or from the
+ * living server (adopt_one).
  *
  * Invariants:
  *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has, until it
@@ -32,6 +33,7 @@
 #include "agent_client.h"
 #include "fsproc.h"
 #include "mountinfo.h"
+#include "notify.h"
 #include "supervisor.h"
 
 #include <dirent.h>
@@ -311,6 +313,10 @@ static void fuse_detach(struct plugin_volume *v)
     if (unlinkat(plugin_config.mnt_fd, v->name, AT_REMOVEDIR) < 0 && errno != ENOENT)
         log_err("cannot remove %s: %s", path, strerror(errno));
     free(path);
+    if (v->fuse_fd >= 0) {
+        notify_remove("fuse", v->name);
+        notify_remove("page", v->name);
+    }
     close_quiet(v->fuse_fd);
     close_quiet(v->page_fd);
     v->fuse_fd = v->page_fd = -1;
@@ -435,6 +441,8 @@ static bool take_over(struct plugin_volume *v)
         if (mine && !is_going_down())
             rc = server_start(v, NULL, &why);
         if (mine && rc == 0) {
+            if (!is_held(v))
+                set_state(v, MOUNT_LINGERING);
             registry_save();
             log_info("volume %s: a new server has taken over", v->name);
         }
@@ -565,6 +573,12 @@ static int server_go(struct plugin_volume *v, struct fsproc *fs, int log, struct
     return rc < 0 ? why_set(why, rc, "the new server of volume %s does not listen: %s", v->name, strerror(-rc)) : 0;
 }
 
+static void store_descriptors(struct plugin_volume *v)
+{
+    notify_store("fuse", v->name, v->fuse_fd);
+    notify_store("page", v->name, v->page_fd);
+}
+
 /* What is left of the time in which a mount must have another server. op_lock held. */
 static int patience_ms(const struct plugin_volume *v)
 {
@@ -622,6 +636,8 @@ static int server_start(struct plugin_volume *v, struct fsproc *old, struct why 
     v->started_ns = mono_ns();
     if (!takeover) {
         set_server(v, fs, MOUNT_SERVING);
+        if (has_init)
+            store_descriptors(v);
         goto out;
     }
     if (old && fsproc_hand_over(old, HANDOVER_MS) < 0)
@@ -1250,33 +1266,69 @@ out:
 
 /* --- at start --- */
 
-/* What the server kept for us. It may have been taken over: what it calls the device is looked at. op_lock held. */
-static void adopt_descriptors(struct plugin_volume *v, struct fsproc *fs)
+/* fd, or -1 where it is not the device. */
+static int device_take(int fd)
 {
-    int fuse = fsproc_fetch(fs, SERVER_FD_FUSE), page = fsproc_fetch(fs, SERVER_FD_PAGE);
-    int log = fsproc_fetch(fs, SERVER_FD_LOG), seals = page < 0 ? -1 : fcntl(page, F_GET_SEALS);
-    struct why why = {""};
     struct stat st;
 
-    if (fuse < 0 || fstat(fuse, &st) < 0 || !S_ISCHR(st.st_mode) || st.st_rdev != makedev(10, 229) || !v->has_init) {
-        log_err("volume %s: if its server dies, its mount is lost: %s", v->name,
-                fuse < 0 ? strerror(-fuse) : "the descriptor that it serves is not known");
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(10, 229))
+        return fd;
+    close_quiet(fd);
+    return -1;
+}
+
+/* fd, or a new one that says that nothing is known. */
+static int page_take(int fd)
+{
+    int seals = fd < 0 ? -1 : fcntl(fd, F_GET_SEALS);
+    struct stat st;
+
+    if (seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &st) == 0 && st.st_size == (off_t)sizeof(struct server_page))
+        return fd;
+    close_quiet(fd);
+    return page_make(true);
+}
+
+/* What was stored, else what the server kept for us: that may have been taken over, so what it calls the device is looked at.
+ * fs NULL: it has ended. False: there is nothing that another server could go on with. op_lock held. */
+static bool adopt_descriptors(struct plugin_volume *v, struct fsproc *fs)
+{
+    int fuse = device_take(notify_take("fuse", v->name)), page = notify_take("page", v->name);
+
+    if (fuse < 0 && fs)
+        fuse = device_take(fsproc_fetch(fs, SERVER_FD_FUSE));
+    if (page < 0 && fs)
+        page = fsproc_fetch(fs, SERVER_FD_PAGE);
+    if (fuse < 0 || !v->has_init) {
         close_quiet(fuse);
-        fuse = -1;
-    }
-    if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(page, &st) < 0 ||
-        st.st_size != (off_t)sizeof(struct server_page)) {
         close_quiet(page);
-        page = page_make(true);
+        return false;
     }
     v->fuse_fd = fuse;
-    v->page_fd = page;
-    /* Perhaps it is one that was to take over, and waits. */
-    if (fuse >= 0 && fsproc_has_channel(fs)) {
-        if (log < 0 || lock_backing(v, log, &why) < 0 || fsproc_go(fs) < 0)
-            log_err("volume %s: its server may not be serving: %s", v->name, log < 0 ? strerror(-log) : why.text);
-    }
+    v->page_fd = page_take(page);
+    store_descriptors(v);
+    return true;
+}
+
+/* Perhaps it is one that was to take over, and waits. op_lock held. */
+static void adopt_go(struct plugin_volume *v, struct fsproc *fs)
+{
+    int log = fsproc_fetch(fs, SERVER_FD_LOG);
+    struct why why = {""};
+
+    if (log < 0 || lock_backing(v, log, &why) < 0 || fsproc_go(fs) < 0)
+        log_err("volume %s: its server may not be serving: %s", v->name, log < 0 ? strerror(-log) : why.text);
     close_quiet(log);
+}
+
+static void *replace_thread(void *arg)
+{
+    struct plugin_volume *v = arg;
+
+    if (!replace_dead(v))
+        restart_failed(v);
+    registry_unref(v);
+    return NULL;
 }
 
 static void adopt_one(struct plugin_volume *v)
@@ -1292,8 +1344,17 @@ static void adopt_one(struct plugin_volume *v)
         ref = NULL;
         set_server(v, fs, state);
         v->started_ns = mono_ns();
-        adopt_descriptors(v, fs);
+        if (!adopt_descriptors(v, fs))
+            log_err("volume %s: its mount lives only as long as its server: that did not give its descriptors",
+                    v->name);
+        else if (fsproc_has_channel(fs))
+            adopt_go(v, fs);
         log_info("volume %s: its server (pid %d) is found again", v->name, (int)fsproc_process(fs).pid);
+    } else if (mounted && v->mount != MOUNT_IDLE && adopt_descriptors(v, NULL) && can_take_over(v) &&
+               thread_start(replace_thread, ref) == 0) {
+        log_info("volume %s: its server ended while no cofferd ran; another one shall take over", v->name);
+        set_server(v, NULL, MOUNT_FAILED);
+        ref = NULL;
     } else {
         if (v->mount != MOUNT_IDLE) {
             log_err("volume %s: its server ended while no cofferd ran: its mount is lost%s", v->name,
