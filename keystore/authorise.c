@@ -20,9 +20,11 @@
 #include <sodium.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define NS_PER_MS          1000000ll
+#define RENEW_GRANTS_MAX   1024 /* of a volume: a server that was taken over may ask with any number */
 #define PENDING_TIMEOUT_MS (AGENT_TIMEOUT_MS - 500) /* so that our refusal comes before the server gives up */
 
 enum ask_state { ASK_WANTED, ASK_ASKED, ASK_PARSING, ASK_KNOWN, ASK_UNKNOWN };
@@ -45,7 +47,7 @@ struct pending {
     char volume[AGENT_NAME_MAX];
     struct agent_auth auth; /* PENDING_WHY: tid and flags only */
     struct attest *caller;  /* NULL for PENDING_AGAIN */
-    uint64_t grant;         /* PENDING_AGAIN: which */
+    uint64_t grant;         /* PENDING_AGAIN: which. PENDING_AUTH: the number that it shall have; 0: any */
     int64_t deadline_ns;
     bool chained;
     bool host_ns;          /* the engine's side says: pid and mount namespace are the host's */
@@ -500,6 +502,7 @@ static struct grant *grant_take(struct server *s, struct pending *p, struct outc
     }
     g->caller = p->caller;
     p->caller = NULL;
+    g->id = p->grant;
     return grants_add_take(s->grants, g);
 }
 
@@ -521,13 +524,13 @@ static void answer_allowed(struct server *s, struct conn *c, struct pending *p, 
 {
     struct agent_verdict v = {
         .kind = AGENT_ALLOW, .read_only = o->read_only, .params = o->volume.params, .strict = o->volume.strict};
-    struct grant *g = live_grant(s, p, o);
+    struct grant *g = p->grant ? NULL : live_grant(s, p, o);
     struct attest alive = {.pidfd = -1};
     int rc = 0;
 
     add_key(s, p->volume, p->auth.flags, &v);
     if (!g || v.has_key)
-        rc = audit_decision(s, "release", p, container_id(p, o->container),
+        rc = audit_decision(s, p->grant ? "renew" : "release", p, container_id(p, o->container),
                             g ? g->facts : container_facts(p, o->container), o->reason);
     if (rc == 0)
         rc = mark_used(s, o);
@@ -886,7 +889,7 @@ static bool answer_by_grant(struct server *s, struct pending *p)
 static bool same_question(const struct server *s, const struct pending *p)
 {
     for (const struct pending *q = s->pending; q; q = q->next)
-        if (q != p && q->kind == PENDING_AUTH && !q->chained && q->nasks == 1 && !q->refused &&
+        if (q != p && q->kind == PENDING_AUTH && !q->chained && !q->grant && q->nasks == 1 && !q->refused &&
             !strcmp(q->volume, p->volume) && !strcmp(q->asks[0].id, p->asks[0].id))
             return true;
     return false;
@@ -913,12 +916,13 @@ static void begin_take(struct server *s, struct pending *p)
 {
     pending_unlink(s, p);
     p->chained = false;
-    if (!p->refused && p->nasks && answer_by_grant(s, p)) {
+    if (!p->refused && p->nasks && !p->grant && answer_by_grant(s, p)) {
         pending_free(p);
         return;
     }
     if (p->nasks && !p->refused) {
-        p->chained = p->kind == PENDING_AUTH && p->nasks == 1 && !p->caller->own_pid_ns && same_question(s, p);
+        p->chained =
+            p->kind == PENDING_AUTH && !p->grant && p->nasks == 1 && !p->caller->own_pid_ns && same_question(s, p);
         pending_add(s, p);
         return;
     }
@@ -1069,9 +1073,11 @@ static void resume_request(struct server *s, struct conn *c, struct pending *p)
     struct agent_verdict v = {.kind = AGENT_ALLOW};
     struct agent_volume volume;
 
-    if (p->auth.tid || p->auth.flags != (AGENT_AUTH_RESUME | AGENT_AUTH_WANT_KEY) || !keystore_unlocked(s->keystore) ||
+    bool locked = !keystore_unlocked(s->keystore);
+
+    if (p->auth.tid || p->auth.flags != (AGENT_AUTH_RESUME | AGENT_AUTH_WANT_KEY) || locked ||
         !grants_count(s->grants, p->volume) || keystore_volume_get(s->keystore, p->volume, &volume) < 0) {
-        send_refusal(c, p->msg_id, -EACCES); /* no news: the next caller is decided upon */
+        send_refusal(c, p->msg_id, locked ? -ENOKEY : -EACCES); /* no news: the next caller is decided upon */
         return;
     }
     v.params = volume.params;
@@ -1101,10 +1107,20 @@ static unsigned pending_count(const struct server *s, uint64_t conn_id)
     return n;
 }
 
-/* Identifies the caller and begins; takes p. */
-static void identify_take(struct server *s, struct conn *c, struct pending *p)
+/* Is the thread still the one whose pidfd had that inode number? */
+static bool same_thread(const struct attest *a, uint64_t pidfd_ino)
+{
+    struct stat st;
+
+    return a->thread_pidfd && fstat(a->pidfd, &st) == 0 && (uint64_t)st.st_ino == pidfd_ino;
+}
+
+/* Identifies the caller and begins; takes p. pidfd_ino: that of a renewal. */
+static void identify_take(struct server *s, struct conn *c, struct pending *p, uint64_t pidfd_ino)
 {
     if (keystore_unlocked(s->keystore) && attest_caller(p->auth.tid, &p->caller, &p->refused) == 0) {
+        if (p->grant && !same_thread(p->caller, pidfd_ino))
+            p->refused = "the thread that had the grant is gone";
         p->job = new_job(s, p->volume);
         for (unsigned i = 0; i < p->caller->nids; i++)
             ask_add(p, p->caller->ids[i]);
@@ -1133,9 +1149,31 @@ void authorise_request(struct server *s, struct conn *c, uint64_t id, const stru
     } else if ((w = window_of(s, c->volume, auth->tid))) {
         engine_request(s, c, p, w);
     } else {
-        identify_take(s, c, p);
+        identify_take(s, c, p, 0);
         return;
     }
+    pending_free(p);
+}
+
+/*
+ * Grants end with the agent that gave them, but handles that were opened under one are still used. A thread that had it is
+ * decided upon as any caller is; what it gets is a grant of that number. A coffer-fs that was taken over gains nothing by
+ * a number of its choice: it could have asked for the thread at any time.
+ */
+void authorise_renew(struct server *s, struct conn *c, uint64_t id, const struct agent_renew *q)
+{
+    struct pending *p = pending_new(PENDING_AUTH, c->id, id, c->volume);
+
+    p->auth.tid = q->tid;
+    p->auth.flags = q->write ? AGENT_AUTH_WRITE : 0;
+    p->grant = q->grant;
+    if (keystore_unlocked(s->keystore) && c->purpose == AGENT_PURPOSE_SERVE && q->tid > 0 &&
+        !grant_by_id(s, q->grant) && grants_count(s->grants, c->volume) < RENEW_GRANTS_MAX &&
+        !window_of(s, c->volume, q->tid)) {
+        identify_take(s, c, p, q->pidfd_ino);
+        return;
+    }
+    send_refusal(c, id, keystore_unlocked(s->keystore) ? -EACCES : -ENOKEY);
     pending_free(p);
 }
 
@@ -1145,5 +1183,5 @@ void authorise_why(struct server *s, struct conn *c, uint64_t id, const struct a
 
     p->auth.tid = why->pid;
     p->auth.flags = why->write ? AGENT_AUTH_WRITE : 0;
-    identify_take(s, c, p);
+    identify_take(s, c, p, 0);
 }

@@ -59,9 +59,8 @@ static bool id_taken(const struct grants *gs, uint64_t id)
 
 struct grant *grants_add_take(struct grants *gs, struct grant *g)
 {
-    do
+    while (id_taken(gs, g->id))
         randombytes_buf(&g->id, sizeof(g->id));
-    while (id_taken(gs, g->id));
     if (g->caller) {
         close_quiet(g->caller->pidfd);
         g->caller->pidfd = -1;

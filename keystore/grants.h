@@ -35,7 +35,7 @@ struct grants;
 struct grants *grants_new(int inotify_fd);
 void grants_free(struct grants *g);
 
-/* Adds *g (what it points to becomes the grants'), gives it an id and watches its end. */
+/* Adds *g (what it points to becomes the grants'), gives it an id unless it has one that is free, and watches its end. */
 struct grant *grants_add_take(struct grants *gs, struct grant *g);
 struct grant *grants_first(struct grants *gs);
 unsigned grants_count(const struct grants *gs, const char *volume); /* NULL: all volumes */

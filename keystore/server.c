@@ -234,6 +234,14 @@ int server_audit(struct server *s, const char *event, const char *volume, const 
 
 /* --- the end of grants, and locking --- */
 
+static void send_unlocked(struct server *s, struct conn *c)
+{
+    const struct agent_unlocked body = {.agent = s->agent};
+
+    if (c->kind == CONN_VOLUME && c->purpose == AGENT_PURPOSE_SERVE)
+        server_send(c, AGENT_FS_UNLOCKED, 0, &body, sizeof(body), NULL, 0);
+}
+
 static void send_lock(struct conn *c)
 {
     if (c->lock_sent)
@@ -612,6 +620,8 @@ static int on_bind(struct request *r)
     c->purpose = q->purpose;
     c->mount_id = q->mount_id;
     conn_learn_id(r->s, c);
+    if (keystore_unlocked(r->s->keystore))
+        send_unlocked(r->s, c);
     return done(r, 0);
 }
 
@@ -845,6 +855,17 @@ static int on_fs_auth(struct request *r)
     return 0;
 }
 
+static int on_fs_renew(struct request *r)
+{
+    const struct agent_renew *q = r->body;
+
+    if (q->write > 1 || q->grant == 0 || q->grant == UINT64_MAX)
+        return -EPROTO;
+    r->c->locked = false;
+    authorise_renew(r->s, r->c, r->id, q);
+    return 0;
+}
+
 static int on_fs_seen(struct request *r)
 {
     struct agent_seen_done d = {0};
@@ -900,6 +921,7 @@ static const struct packet {
     {AGENT_BROKER, CONN_CONTROL, 0, 0, 0, on_broker},
     {AGENT_FACTS, CONN_BROKER, sizeof(struct agent_facts), 0, 1, on_facts},
     {AGENT_FS_AUTH, CONN_VOLUME, sizeof(struct agent_auth), 0, 0, on_fs_auth},
+    {AGENT_FS_RENEW, CONN_VOLUME, sizeof(struct agent_renew), 0, 0, on_fs_renew},
     {AGENT_FS_SEEN, CONN_VOLUME, sizeof(struct volume_seen), 0, 0, on_fs_seen},
     {AGENT_FS_LOCKED, CONN_VOLUME, 0, 0, 0, on_fs_locked},
 };
@@ -1022,6 +1044,8 @@ static void unlock_complete(struct server *s, struct secret_read *r)
         lock_everything(s, "the unlocking cannot be written into the audit log");
     else if (rc < 0)
         server_audit(s, "unlock-refused", "", slot_names[r->kind]);
+    for (struct conn *c = s->conns; c && rc == 0; c = c->next)
+        send_unlocked(s, c);
     if (rc == -EKEYREJECTED)
         secret_reply(s, r, rc, "no slot of the keystore opens with this");
     else if (rc == -ENOENT)
@@ -1231,6 +1255,7 @@ int server_new(const struct server_config *config, struct server **ret)
     s->signal_fd = config->signal_fd;
     s->helper_fd = config->helper_fd;
     s->next_id = 1;
+    randombytes_buf(&s->agent, sizeof(s->agent));
     snprintf(s->driver, sizeof(s->driver), "%s", config->driver);
     s->inotify_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
     s->grants = grants_new(s->inotify_fd);

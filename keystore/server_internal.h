@@ -79,6 +79,7 @@ struct server {
     struct pending *pending;
     struct secret_read *secrets;
     struct lock_wait *lock_waits;
+    uint64_t agent;        /* random: this process */
     uint64_t next_id;      /* of connections and of questions to the broker */
     int64_t next_check_ns; /* of the grants' cgroups, by clock */
     int64_t stopping_ns;   /* not 0: SIGTERM came; when to end at the latest */
@@ -99,6 +100,8 @@ void server_end_grants(struct server *s);
 
 /* Answers an AGENT_FS_AUTH, now or when the engine has been asked. */
 void authorise_request(struct server *s, struct conn *c, uint64_t id, const struct agent_auth *auth);
+/* Answers an AGENT_FS_RENEW in the same way. */
+void authorise_renew(struct server *s, struct conn *c, uint64_t id, const struct agent_renew *q);
 void authorise_why(struct server *s, struct conn *c, uint64_t id, const struct agent_why *why);
 /* Decides anew upon all live grants of a volume whose rules have changed. */
 void authorise_again(struct server *s, const char *volume);

@@ -30,7 +30,7 @@ struct cli;
 
 struct cli_command {
     const char *words;    /* "volume create" */
-    const char *operands; /* "NAME DIR", one word each, "" for none */
+    const char *operands; /* "NAME DIR", one word each, "" for none; the last may be "[NAME]": not needed */
     const char *help;     /* half a line */
     int (*run)(struct cli *c);
     struct cli_option options[CLI_OPTIONS_MAX]; /* ends with a NULL name */
@@ -122,6 +122,7 @@ int cli_volume_inspect(struct cli *c);
 int cli_volume_check(struct cli *c);
 int cli_volume_scrub(struct cli *c);
 int cli_volume_resize(struct cli *c);
+int cli_volume_restart_server(struct cli *c);
 int cli_volume_export(struct cli *c); /* export.c */
 int cli_volume_import(struct cli *c);
 int cli_volume_verify(struct cli *c);

@@ -59,6 +59,11 @@ static const struct cli_command commands[] = {
      "read and authenticate all of a mounted volume, slowly, in the background; damage goes to the audit log",
      cli_volume_scrub,
      {{"--rate", "20M", false}}},
+    {"volume restart-server",
+     "[NAME]",
+     "have a newly started server go on with a mount in use, or with all of them: after an upgrade",
+     cli_volume_restart_server,
+     {{"--all", NULL, false}}},
     {"volume export",
      "NAME",
      "write a volume, in use or not, as one sealed stream to standard output",
@@ -258,7 +263,7 @@ static int take_option(struct cli *c, char **argv, int argc, int *i)
 
 static int take_arguments(struct cli *c, char **argv, int argc)
 {
-    int want = count_words(c->command->operands);
+    int want = count_words(c->command->operands), need = want - (strchr(c->command->operands, '[') != NULL);
     bool only_operands = false;
 
     for (int i = 0; i < argc; i++) {
@@ -275,7 +280,7 @@ static int take_arguments(struct cli *c, char **argv, int argc)
         if (rc)
             return rc;
     }
-    if (c->operands < want)
+    if (c->operands < need)
         return cli_usage(c, "missing argument (%s)", c->command->operands);
     return CLI_OK;
 }

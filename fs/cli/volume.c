@@ -292,6 +292,35 @@ int cli_volume_resize(struct cli *c)
     return finish(c, req, "resized");
 }
 
+int cli_volume_restart_server(struct cli *c)
+{
+    json_t *req, *answer = NULL, *one;
+    size_t i;
+    int rc;
+
+    if (!c->operand[0] == !cli_get(c, "--all"))
+        return cli_usage(c, "give a volume's name, or --all");
+    req = cli_request_new(c);
+    if (c->operand[0])
+        json_object_set_new(req, "name", json_string(c->operand[0]));
+    else
+        json_object_set_new(req, "all", json_true());
+    rc = cli_request(c, req, NULL, 0, &answer);
+    if (rc == CLI_OK && !cli_print_json(c, answer)) {
+        json_array_foreach(json_object_get(answer, "restarted"), i, one)
+        {
+            char *name = cli_text(one, "name"), *pid = cli_text(one, "pid"), *old = cli_text(one, "old_pid");
+
+            printf("%s: process %s has followed %s\n", name, pid, old);
+            free(name), free(pid), free(old);
+        }
+        if (!json_array_size(json_object_get(answer, "restarted")))
+            puts("no volume is mounted");
+    }
+    json_decref(answer);
+    return rc;
+}
+
 /* --- mounts --- */
 
 static int add_directory(json_t *req, const char *dir)

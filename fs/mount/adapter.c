@@ -366,6 +366,8 @@ static void op_readlink(fuse_req_t req, fuse_ino_t ino)
 
     if (n == 0) {
         n = vol_readlink(v, ino, target, sizeof(target) - 1);
+        if (n >= 0)
+            inodes_cached(ino);
         adapter_leave(&a);
     }
     if (n < 0) {

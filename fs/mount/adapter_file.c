@@ -232,7 +232,7 @@ struct parked {
 static pthread_mutex_t parked_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t parked_cond = PTHREAD_COND_INITIALIZER;
 static struct parked *parked_first, **parked_last = &parked_first;
-static bool parked_started;
+static bool parked_started, parked_busy, parked_closed;
 
 static void *parked_thread(void *arg)
 {
@@ -247,10 +247,14 @@ static void *parked_thread(void *arg)
         parked_first = p->next;
         if (!parked_first)
             parked_last = &parked_first;
+        parked_busy = true;
         pthread_mutex_unlock(&parked_lock);
         fuse_lowlevel_notify_inval_inode(loop_session(), p->ino, (off_t)(p->off & ~(uint64_t)(PAGE - 1)), 0);
         seek(p->req, p->ino, p->off, p->whence, p->fh);
         free(p);
+        pthread_mutex_lock(&parked_lock);
+        parked_busy = false;
+        pthread_mutex_unlock(&parked_lock);
     }
     return NULL;
 }
@@ -271,10 +275,10 @@ static int park(const struct parked *p)
     int rc = 0;
 
     pthread_mutex_lock(&parked_lock);
-    if (!parked_started)
+    if (!parked_started && !parked_closed)
         rc = parked_start();
-    parked_started = rc == 0;
-    if (rc == 0) {
+    parked_started |= rc == 0;
+    if (rc == 0 && !parked_closed) { /* else the kernel sends it to the next server */
         copy = xmalloc(sizeof(*copy));
         *copy = *p;
         copy->next = NULL;
@@ -284,6 +288,23 @@ static int park(const struct parked *p)
     }
     pthread_mutex_unlock(&parked_lock);
     return rc;
+}
+
+int adapter_quiesce(int ms)
+{
+    const struct timespec look = {.tv_nsec = 1000000};
+    int64_t end = mono_ns() + (int64_t)ms * 1000000;
+    bool busy;
+
+    for (;;) {
+        pthread_mutex_lock(&parked_lock);
+        parked_closed = true;
+        busy = parked_busy || parked_first;
+        pthread_mutex_unlock(&parked_lock);
+        if (!busy || mono_ns() > end)
+            return busy ? -ETIMEDOUT : 0;
+        nanosleep(&look, NULL);
+    }
 }
 
 void op_lseek(fuse_req_t req, fuse_ino_t ino, off_t off, int whence, struct fuse_file_info *fi)

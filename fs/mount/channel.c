@@ -36,7 +36,8 @@ struct waiter {
     int err;
     int pidfd;
     struct auth auth;
-    struct key *key; /* where a key may go; NULL: none was asked for */
+    const struct agent_renew *renew; /* this is what is asked; or NULL */
+    struct key *key;                 /* where a key may go; NULL: none was asked for */
     bool has_key;
     struct channel_volume volume;
 };
@@ -51,8 +52,9 @@ static struct waiter *waiters;
 static struct volume_seen seen_last; /* the newest checkpoint, generation 0: none yet */
 static uint64_t seen_id;             /* of the message that told it */
 static bool seen_sent, seen_done;
+static bool agent_unlocked; /* as the agent of agent_fd has said */
 
-static void (*agent_on_lock)(void);
+static void (*agent_on_lock)(void), (*agent_on_unlocked)(void);
 
 /* --- the verdict that comes in; agent_lock held --- */
 
@@ -124,6 +126,13 @@ static int take_seen(const struct msg_head *head, const struct agent_seen_done *
     return 0;
 }
 
+static void take_unlocked(const struct agent_unlocked *u)
+{
+    auth_agent_is(u->agent);
+    agent_unlocked = true;
+    pthread_cond_broadcast(&agent_cond);
+}
+
 /* --- the thread that reads --- */
 
 struct agent_message {
@@ -132,6 +141,7 @@ struct agent_message {
         struct agent_verdict verdict;
         struct agent_grant grant;
         struct agent_seen_done seen;
+        struct agent_unlocked unlocked;
     } body;
     int fds[MSG_FDS_MAX];
     int nfds;
@@ -143,6 +153,7 @@ static int handle_message(struct agent_message *m)
                   : m->head.type == AGENT_FS_GRANT_END ? sizeof(m->body.grant)
                   : m->head.type == AGENT_FS_GRANT     ? sizeof(m->body.grant)
                   : m->head.type == AGENT_FS_SEEN      ? sizeof(m->body.seen)
+                  : m->head.type == AGENT_FS_UNLOCKED  ? sizeof(m->body.unlocked)
                                                        : 0;
     int rc = -EPROTO;
 
@@ -151,14 +162,21 @@ static int handle_message(struct agent_message *m)
         if (m->head.type == AGENT_FS_AUTH)
             rc = take_verdict(&m->head, &m->body.verdict, m->fds, m->nfds);
         else if (m->head.type == AGENT_FS_GRANT_END)
-            auth_end_grant(agent_epoch, m->body.grant.grant);
+            auth_end_grant(m->body.grant.grant);
         else if (m->head.type == AGENT_FS_GRANT)
             auth_grant_resumed(agent_epoch, m->body.grant.grant);
         else if (m->head.type == AGENT_FS_SEEN)
             rc = take_seen(&m->head, &m->body.seen);
+        else if (m->head.type == AGENT_FS_UNLOCKED)
+            take_unlocked(&m->body.unlocked);
+        else if (m->head.type == AGENT_FS_LOCK)
+            agent_unlocked = false;
         pthread_mutex_unlock(&agent_lock);
-        if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_GRANT || m->head.type == AGENT_FS_LOCK)
+        if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_GRANT || m->head.type == AGENT_FS_LOCK ||
+            m->head.type == AGENT_FS_UNLOCKED)
             rc = 0;
+        if (m->head.type == AGENT_FS_UNLOCKED)
+            agent_on_unlocked();
         if (m->head.type == AGENT_FS_LOCK) {
             auth_end_all(); /* here, so that a grant that comes next lives */
             agent_on_lock();
@@ -178,6 +196,7 @@ static void agent_died(int rc)
     pthread_mutex_lock(&agent_lock);
     close_quiet(agent_fd);
     agent_fd = -1;
+    agent_unlocked = false;
     for (struct waiter *w = waiters; w; w = w->next)
         w->sent = w->done; /* to be asked of the next one */
     seen_sent = seen_done;
@@ -228,7 +247,7 @@ static void set_nonblock(int fd)
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 }
 
-int channel_start(void (*on_lock)(void))
+int channel_start(void (*on_lock)(void), void (*on_unlocked)(void))
 {
     struct agent_message *m = secmem_alloc(sizeof(*m));
     pthread_condattr_t attr;
@@ -238,6 +257,7 @@ int channel_start(void (*on_lock)(void))
     if (!m)
         return -errno;
     agent_on_lock = on_lock;
+    agent_on_unlocked = on_unlocked;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&agent_cond, &attr);
@@ -281,8 +301,10 @@ static void send_ask(struct waiter *w, const struct agent_auth *ask)
 {
     struct msg_head head = {.type = AGENT_FS_AUTH, .len = sizeof(*ask)};
 
+    if (w->renew)
+        head = (struct msg_head){.type = AGENT_FS_RENEW, .len = sizeof(*w->renew)};
     w->id = head.id = ++agent_last_id;
-    w->sent = msg_send(agent_fd, &head, ask, NULL, 0) == 0;
+    w->sent = msg_send(agent_fd, &head, w->renew ? (const void *)w->renew : ask, NULL, 0) == 0;
 }
 
 static void wait_slice(void)
@@ -314,10 +336,10 @@ static int ask_and_wait(fuse_req_t req, struct waiter *w, const struct agent_aut
     }
 }
 
-int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, struct key **ret_key,
-                struct channel_volume *ret_volume)
+static int ask_as(fuse_req_t req, const struct agent_auth *ask, const struct agent_renew *renew, struct auth *ret,
+                  struct key **ret_key, struct channel_volume *ret_volume)
 {
-    struct waiter w = {.pidfd = -1, .auth = {.kind = AGENT_DENY}}, **p;
+    struct waiter w = {.pidfd = -1, .renew = renew, .auth = {.kind = AGENT_DENY}}, **p;
     int rc;
 
     if (ask->flags & AGENT_AUTH_WANT_KEY) {
@@ -333,7 +355,7 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
         ;
     *p = w.next;
     pthread_mutex_unlock(&agent_lock);
-    if (rc == 0 && w.pidfd >= 0) {
+    if (rc == 0 && w.pidfd >= 0 && !renew) {
         auth_remember(ask->tid, ask->uid, &w.auth, w.pidfd);
         w.pidfd = -1;
     }
@@ -351,6 +373,32 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
         *ret_volume = w.volume;
     *ret = w.auth;
     return 0;
+}
+
+int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, struct key **ret_key,
+                struct channel_volume *ret_volume)
+{
+    return ask_as(req, ask, NULL, ret, ret_key, ret_volume);
+}
+
+int channel_ask_again(const struct agent_renew *q, struct auth *ret)
+{
+    const struct agent_auth ask = {.tid = q->tid};
+
+    return ask_as(NULL, &ask, q, ret, NULL, NULL);
+}
+
+bool channel_wait_unlocked(int ms)
+{
+    int64_t end = mono_ns() + (int64_t)ms * 1000000;
+    bool unlocked;
+
+    pthread_mutex_lock(&agent_lock);
+    while (!agent_unlocked && mono_ns() < end)
+        wait_slice();
+    unlocked = agent_unlocked;
+    pthread_mutex_unlock(&agent_lock);
+    return unlocked;
 }
 
 void channel_seen(void *ctx, const struct volume_seen *now)

@@ -8,20 +8,24 @@
 
 #include <fcntl.h>
 #include <malloc.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sodium.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "fs/base/msg.h"
 
 struct mount_config mount_config;
 
+#define DRAIN_MS 5000 /* for requests at work to end, before another server goes on */
+
 static pthread_mutex_t work_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t work_cond = PTHREAD_COND_INITIALIZER;
-static bool work_lock_volume, work_end;
+static bool work_lock_volume, work_end, work_hand_over, work_renew;
 
 /* --- serving --- */
 
@@ -55,22 +59,69 @@ static void finish(bool notify)
     _exit(rc < 0 ? 1 : 0);
 }
 
+static void on_unlocked(void)
+{
+    pthread_mutex_lock(&work_lock);
+    work_renew = true;
+    pthread_cond_signal(&work_cond);
+    pthread_mutex_unlock(&work_lock);
+}
+
+static void on_hand_over(void)
+{
+    pthread_mutex_lock(&work_lock);
+    work_hand_over = true;
+    pthread_cond_signal(&work_cond);
+    pthread_mutex_unlock(&work_lock);
+}
+
+/*
+ * Ends the process; the next one stands ready. What it read it answers, and then it closes the volume, so that nothing is
+ * replayed. If that takes too long it just ends: the log has all that was acknowledged, and the kernel sends the rest again.
+ * No thread may be left in a notification: the kernel would wait for a server in it, and this one could not end.
+ */
+static void hand_over(void)
+{
+    int rc;
+
+    life_checkpoint();
+    rc = adapter_quiesce(DRAIN_MS);
+    if (rc == 0)
+        rc = loop_stop(DRAIN_MS);
+    if (rc == 0) {
+        life_stop();
+        rc = life_lock(loop_session(), false);
+    }
+    if (rc < 0)
+        log_err("volume %s: ends without having closed the volume: %s; its log is replayed", mount_config.name,
+                strerror(-rc));
+    _exit(rc < 0 ? 1 : 0);
+}
+
 static void *locker(void *arg)
 {
     (void)arg;
     for (;;) {
-        bool end;
+        bool end, lock, renew;
 
         pthread_mutex_lock(&work_lock);
-        while (!work_lock_volume && !work_end)
+        while (!work_lock_volume && !work_end && !work_hand_over && !work_renew)
             pthread_cond_wait(&work_cond, &work_lock);
         end = work_end;
-        work_lock_volume = false;
+        lock = work_lock_volume;
+        renew = work_renew;
+        work_lock_volume = work_renew = false;
         pthread_mutex_unlock(&work_lock);
         if (end)
             finish(false);
-        life_lock(loop_session(), true);
-        channel_locked();
+        if (lock) {
+            life_lock(loop_session(), true);
+            channel_locked();
+        } else if (renew) {
+            life_renew(false);
+        } else {
+            hand_over();
+        }
     }
     return NULL;
 }
@@ -90,7 +141,55 @@ static void answer_stat(uint64_t id)
     control_stat(id, &st);
 }
 
-/* Reads cofferd's orders until it is gone: the mount is served on without it. */
+/* Not main: orders are heard meanwhile. */
+static void *take_over(void *arg)
+{
+    int rc;
+
+    (void)arg;
+    page_begin();
+    inodes_begin();
+    life_resume();
+    rc = loop_resend();
+    if (rc == 0)
+        rc = loop_start(on_end);
+    if (rc < 0) {
+        log_err("volume %s: cannot take over: %s", mount_config.name, strerror(-rc));
+        on_end();
+    }
+    return NULL;
+}
+
+/* SERVER_GO. */
+static void go_on(void)
+{
+    static bool gone_on;
+    pthread_t t;
+    int rc = gone_on || !mount_config.takeover ? 0 : -pthread_create(&t, NULL, take_over, NULL);
+
+    gone_on = true;
+    if (rc < 0) {
+        control_failed("taking over cannot start: %s", strerror(-rc));
+        _exit(1);
+    }
+}
+
+/* The next order; one that waits for its turn ends with the mount. */
+static int next_order(struct msg_head *head, void *body, size_t n, int *fds, int *nfds)
+{
+    static bool gone;
+    struct pollfd p[2] = {{.fd = SERVER_FD_CONTROL, .events = POLLIN}, {.fd = gone ? -1 : SERVER_FD_FUSE}};
+
+    if (poll(p, 2, -1) < 0)
+        return -EAGAIN;
+    if (p[1].revents & POLLERR) {
+        gone = true;
+        on_end();
+    }
+    return p[0].revents ? msg_recv(SERVER_FD_CONTROL, head, body, n, fds, nfds, 0) : -EAGAIN;
+}
+
+/* Reads cofferd's orders: this one's, or those of the next (the channel's other end is kept for it). */
 static void serve_control(void)
 {
     for (;;) {
@@ -98,7 +197,7 @@ static void serve_control(void)
         _Alignas(struct server_task) uint8_t body[sizeof(struct server_task)];
         int fds[MSG_FDS_MAX], nfds = 0, rc;
 
-        rc = msg_recv(SERVER_FD_CONTROL, &head, body, sizeof(body), fds, &nfds, 3600 * 1000);
+        rc = next_order(&head, body, sizeof(body), fds, &nfds);
         if (rc == -ETIMEDOUT || rc == -EAGAIN)
             continue;
         if (rc < 0)
@@ -117,29 +216,16 @@ static void serve_control(void)
             finish(true);
         else if (head.type == SERVER_STAT)
             answer_stat(head.id);
+        else if (head.type == SERVER_GO)
+            go_on();
+        else if (head.type == SERVER_HANDOVER)
+            on_hand_over();
         else
             log_err("volume %s: cofferd: unknown order %u", mount_config.name, head.type);
     }
     log_info("volume %s: cofferd is gone; the mount is served on", mount_config.name);
     for (;;)
         pause();
-}
-
-/* Not main: orders are heard meanwhile. */
-static void *take_over(void *arg)
-{
-    int rc;
-
-    (void)arg;
-    life_resume();
-    rc = loop_resend();
-    if (rc == 0)
-        rc = loop_start(on_end);
-    if (rc < 0) {
-        log_err("volume %s: cannot take over: %s", mount_config.name, strerror(-rc));
-        on_end();
-    }
-    return NULL;
 }
 
 static int serve(void)
@@ -153,11 +239,15 @@ static int serve(void)
         control_failed("libfuse makes no session");
         return 1;
     }
+    if (!mount_config.takeover) {
+        page_begin();
+        inodes_begin();
+    }
     rc = -pthread_create(&t, NULL, locker, NULL);
     if (rc == 0)
         rc = loop_init(se, &init);
     if (rc == 0)
-        rc = mount_config.takeover ? -pthread_create(&t, NULL, take_over, NULL) : loop_start(on_end);
+        rc = mount_config.takeover ? 0 : loop_start(on_end); /* or with SERVER_GO */
     if (rc < 0) {
         control_failed("serving the mount cannot start: %s", strerror(-rc));
         return 1;
@@ -171,15 +261,18 @@ static int serve(void)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
-                    "[--strict] [--data] [--size BYTES] [--mount-id HEX] [--takeover HEX]; started by cofferd\n");
+    fprintf(
+        stderr,
+        "usage: coffer-fs serve|format|check|repair|resize|export|import NAME [--profile database] "
+        "[--strict] [--data] [--size BYTES] [--mount-id HEX] [--takeover HEX] [--patience MS]; started by cofferd\n");
     return 2;
 }
 
 int main(int argc, char **argv)
 {
     struct care_args args = {0};
-    int direct, rc;
+    int direct, seals, rc;
+    struct stat st;
 
     if (argc < 3)
         return usage();
@@ -187,6 +280,9 @@ int main(int argc, char **argv)
     /* Before anything else can have this number. */
     direct = fcntl(SERVER_FD_DIRECT, F_GETFL);
     mount_config.direct = direct >= 0 && (direct & O_DIRECT);
+    seals = fcntl(SERVER_FD_PAGE, F_GET_SEALS);
+    mount_config.page = seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(SERVER_FD_PAGE, &st) == 0 &&
+                        st.st_size == (off_t)sizeof(struct server_page);
     randombytes_buf(&mount_config.mount_id, sizeof(mount_config.mount_id));
     for (int i = 3; i < argc; i++) {
         if (strcmp(argv[i], "--strict") == 0)
@@ -198,6 +294,8 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--takeover") == 0 && i + 1 < argc &&
                  hex_decode(argv[i + 1], (uint8_t *)&mount_config.init, sizeof(mount_config.init)) == 0)
             mount_config.takeover = true, i++;
+        else if (strcmp(argv[i], "--patience") == 0 && i + 1 < argc)
+            mount_config.patience_ms = atoi(argv[++i]);
         else if (strcmp(argv[i], "--size") == 0 && i + 1 < argc)
             args.size = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--profile") == 0 && i + 1 < argc && strcmp(argv[i + 1], "database") == 0)
@@ -212,7 +310,7 @@ int main(int argc, char **argv)
     if (rc == 0)
         rc = sandbox_enter();
     if (rc == 0)
-        rc = channel_start(on_lock);
+        rc = channel_start(on_lock, on_unlocked);
     if (rc < 0) {
         control_failed("start failed: %s", strerror(-rc));
         return 1;

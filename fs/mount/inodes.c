@@ -4,10 +4,16 @@
  * An open-addressing table, ino -> counts. While a volume is open, the engine holds as many references as stand here;
  * the table outlives a locking, so that the next opening can take them again and a locking finds all that is cached.
  * Called by adapter.c and life.c, both under the engine lock where table and engine must agree.
+ *
+ * What is cached stands in struct server_page, too, for the next server of this mount: it does not know what the kernel has.
+ * Invariants of the page, at every instant at which this process may die:
+ *  1. inode[0 .. inodes) has every slot that is `opened`, unless `all` is set. (It may have one twice, for a moment.)
+ *  2. An inode stands there before the kernel gets the answer after which it can cache something.
  */
 #include "mount.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #define SLOTS_MIN 256u
@@ -17,7 +23,9 @@ struct slot {
     uint64_t refs;
     uint32_t writers; /* handles that may write */
     uint32_t handles;
-    bool opened;
+    uint32_t place; /* in the page, plus 1; 0: not there */
+    bool opened;    /* the kernel may have content of it */
+    bool before;    /* so a server of before has left it: with references that are not counted here */
 };
 
 #define INO_GONE UINT64_MAX
@@ -25,6 +33,9 @@ struct slot {
 static pthread_mutex_t inodes_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static struct slot *slots;
 static size_t nslots, nused /* not never used */, nlive;
+static bool unknown; /* the kernel may have content of any inode */
+
+#define INO_LIMIT (1ull << 48)
 
 static struct slot *slot_find(uint64_t ino)
 {
@@ -84,10 +95,82 @@ static struct slot *slot_get(uint64_t ino)
     return s;
 }
 
-static void slot_drop_unused(struct slot *s)
+/* --- the page; the compiler must not turn these stores round --- */
+
+static void page_add(struct slot *s)
 {
-    if (s->refs || s->handles || s->ino == VOLUME_ROOT_INO)
+    struct server_page *page = mount_page;
+    uint32_t n = page ? page->head.inodes : 0;
+
+    if (!page || s->place || n > SERVER_PAGE_INODES)
         return;
+    if (n == SERVER_PAGE_INODES) {
+        atomic_store((_Atomic uint32_t *)&page->head.all, 1);
+        return;
+    }
+    page->inode[n] = s->ino;
+    atomic_store((_Atomic uint32_t *)&page->head.inodes, n + 1);
+    s->place = n + 1;
+}
+
+static void page_remove(const struct slot *s)
+{
+    struct server_page *page = mount_page;
+    uint32_t last = page && s->place ? page->head.inodes - 1 : 0;
+    struct slot *moved;
+
+    if (!page || !s->place)
+        return;
+    moved = slot_find(page->inode[last]);
+    if (moved)
+        moved->place = s->place;
+    page->inode[s->place - 1] = page->inode[last];
+    atomic_store((_Atomic uint32_t *)&page->head.inodes, last);
+}
+
+/* What the last server has left. It may have been taken over: nothing of it is believed but as a number to be invalidated. */
+static void page_load(struct server_page *page)
+{
+    uint32_t n = MIN(page->head.inodes, SERVER_PAGE_INODES), kept = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t ino = page->inode[i];
+        struct slot *s;
+
+        if (ino < VOLUME_ROOT_INO || ino >= INO_LIMIT)
+            continue;
+        s = slot_get(ino);
+        if (s->place)
+            continue;
+        s->opened = s->before = true;
+        page->inode[kept++] = ino;
+        s->place = kept;
+    }
+    atomic_store((_Atomic uint32_t *)&page->head.inodes, kept);
+}
+
+void inodes_begin(void)
+{
+    pthread_mutex_lock(&inodes_lock);
+    unknown = mount_page ? mount_page->head.all : mount_config.takeover;
+    if (mount_page)
+        page_load(mount_page);
+    pthread_mutex_unlock(&inodes_lock);
+}
+
+bool inodes_unknown(void)
+{
+    return unknown;
+}
+
+/* --- counting --- */
+
+static void slot_drop_unused(struct slot *s, bool forgotten)
+{
+    s->before &= !forgotten;
+    if (s->refs || s->handles || s->before || s->ino == VOLUME_ROOT_INO)
+        return;
+    page_remove(s);
     *s = (struct slot){.ino = INO_GONE};
     nlive--;
     /* What an unpacked archive left behind is given back. */
@@ -111,7 +194,7 @@ uint64_t inodes_forget(uint64_t ino, uint64_t n)
     n = s ? MIN(n, s->refs) : 0;
     if (s) {
         s->refs -= n;
-        slot_drop_unused(s);
+        slot_drop_unused(s, true); /* the kernel gives back all at once */
     }
     pthread_mutex_unlock(&inodes_lock);
     return n;
@@ -126,6 +209,18 @@ void inodes_opened(uint64_t ino, bool write)
     s->opened = true;
     s->handles++;
     s->writers += write;
+    page_add(s);
+    pthread_mutex_unlock(&inodes_lock);
+}
+
+void inodes_cached(uint64_t ino)
+{
+    struct slot *s;
+
+    pthread_mutex_lock(&inodes_lock);
+    s = slot_get(ino);
+    s->opened = true;
+    page_add(s);
     pthread_mutex_unlock(&inodes_lock);
 }
 
@@ -138,7 +233,7 @@ void inodes_closed(uint64_t ino, bool write)
     if (s && s->handles) {
         s->handles--;
         s->writers -= write && s->writers;
-        slot_drop_unused(s);
+        slot_drop_unused(s, false);
     }
     pthread_mutex_unlock(&inodes_lock);
 }

@@ -37,8 +37,9 @@ static enum life_state state = LOCKED;
 static bool stopped;
 static int64_t failed_at; /* mono_ns of the last opening that failed, or 0 */
 
-#define SLICE_NS 50000000ll   /* between looks at an interrupt */
-#define RETRY_NS 1000000000ll /* a volume that does not open is not tried more often: each time its key comes along */
+#define SAYS_SO_MS 300          /* until an agent that is unlocked has said so */
+#define SLICE_NS   50000000ll   /* between looks at an interrupt */
+#define RETRY_NS   1000000000ll /* a volume that does not open is not tried more often: each time its key comes along */
 
 /* state_lock held, engine_lock not: by who moves the state. */
 static void check_state(enum life_state from, enum life_state to)
@@ -216,6 +217,7 @@ static int open_volume(const struct key *key, const struct channel_volume *cv)
     volume = v;
     pthread_rwlock_unlock(&engine_lock);
     move(OPENING, OPEN);
+    page_set_open(true);
     return 0;
 }
 
@@ -245,14 +247,42 @@ static int ask_and_open(fuse_req_t req, uint32_t opcode, unsigned flags, bool op
     return rc;
 }
 
+void life_renew(bool all)
+{
+    struct agent_renew q;
+    unsigned at = 0;
+
+    while (auth_next_lost(all, &at, &q)) {
+        struct auth a;
+        int rc = channel_ask_again(&q, &a);
+
+        if (rc < 0 && !channel_wait_unlocked(0))
+            break; /* the agent is gone, or locked again: at the next unlocking */
+        auth_found(&q, rc == 0);
+        if (rc == 0)
+            auth_put(&a);
+    }
+}
+
 void life_resume(void)
 {
     const struct agent_auth ask = {.flags = AGENT_AUTH_RESUME | AGENT_AUTH_WANT_KEY};
     struct channel_volume cv;
     struct key *key = NULL;
     struct auth a;
-    int rc = channel_ask(NULL, &ask, &a, &key, &cv);
+    int rc;
 
+    if (!page_was_open())
+        return;
+    if (!channel_wait_unlocked(SAYS_SO_MS)) {
+        log_info("volume %s: waits for the keystore to be unlocked, %d s at most: run coffer unlock", mount_config.name,
+                 mount_config.patience_ms / 1000);
+        if (!channel_wait_unlocked(mount_config.patience_ms))
+            log_err("volume %s: the keystore is still locked; what is open is lost to its processes",
+                    mount_config.name);
+    }
+    life_renew(true);
+    rc = channel_ask(NULL, &ask, &a, &key, &cv);
     if (rc == 0 && key)
         rc = open_volume(key, &cv);
     key_free(&key);
@@ -340,14 +370,14 @@ static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
     free(ino);
 }
 
-/* A server that has taken over does not know what the kernel has of before. */
+/* A server that has taken over may not know what the kernel has of before. */
 static void invalidate_unknown(struct fuse_session *se)
 {
     uint64_t next = VOLUME_ROOT_INO;
     struct volume *v;
 
     life_enter_any(&v);
-    if (v && mount_config.takeover)
+    if (v && inodes_unknown())
         next = vol_next_inode(v);
     life_leave();
     for (uint64_t ino = VOLUME_ROOT_INO + 1; ino < next; ino++)
@@ -419,11 +449,22 @@ int life_lock(struct fuse_session *se, bool notify)
     pthread_rwlock_unlock(&engine_lock);
     move(CLOSING, LOCKED);
     if (notify) {
+        page_set_open(false);
         /* What was read meanwhile, and attributes. */
         invalidate_inodes(se, INODES_ALL);
         fuse_lowlevel_notify_inval_inode(se, VOLUME_ROOT_INO, 0, 0);
     }
     return rc;
+}
+
+void life_checkpoint(void)
+{
+    struct volume *v;
+
+    life_enter_any(&v);
+    if (v)
+        (void)volume_checkpoint(v); /* closing tells */
+    life_leave();
 }
 
 void life_stop(void)

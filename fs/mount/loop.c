@@ -19,6 +19,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -66,7 +67,9 @@ struct in_open {
 
 static struct fuse_session *session;
 static void (*on_end)(void);
-static atomic_bool ended;
+static atomic_bool ended, stopping;
+static atomic_uint running; /* threads */
+static int wake_fd = -1;    /* readable when stopping */
 static _Thread_local struct loop_request request;
 static bool killpriv;
 static struct server_init init; /* as the kernel sent it, with the flags of the answer */
@@ -182,12 +185,12 @@ static ssize_t next_request(uint8_t *in, bool spin)
     ssize_t n;
 
     for (;;) {
-        struct pollfd p = {.fd = SERVER_FD_FUSE, .events = POLLIN};
+        struct pollfd p[2] = {{.fd = SERVER_FD_FUSE, .events = POLLIN}, {.fd = wake_fd, .events = POLLIN}};
 
-        n = atomic_load(&ended) ? -ENODEV : read_one(in);
+        n = atomic_load(&stopping) ? -ESHUTDOWN : atomic_load(&ended) ? -ENODEV : read_one(in);
         if (n != 0)
             return n;
-        if (mono_ns() >= until && poll(&p, 1, -1) < 0 && errno != EINTR)
+        if (mono_ns() >= until && poll(p, 2, -1) < 0 && errno != EINTR)
             return -errno;
     }
 }
@@ -238,13 +241,14 @@ static void *serve(void *arg)
         lead_pass(self);
         if (n > 0)
             process(in, (size_t)n);
-        if (fuse_session_exited(session))
+        if (n >= 0 && fuse_session_exited(session))
             n = -ENODEV;
     }
     free(in);
     free(request.out);
-    if (!atomic_exchange(&ended, true))
+    if (n != -ESHUTDOWN && !atomic_exchange(&ended, true))
         on_end();
+    running--;
     return NULL;
 }
 
@@ -300,13 +304,29 @@ int loop_start(void (*end)(void))
     int rc;
 
     on_end = end;
-    rc = lead_start();
+    wake_fd = eventfd(0, EFD_CLOEXEC);
+    rc = wake_fd < 0 ? -errno : lead_start();
     for (unsigned i = 0; i < THREADS && rc == 0; i++) {
         pthread_t t;
 
+        running++;
         rc = -pthread_create(&t, NULL, serve, (void *)(uintptr_t)(i + 1));
         if (rc == 0)
             pthread_detach(t);
     }
     return rc;
+}
+
+int loop_stop(int ms)
+{
+    const struct timespec look = {.tv_nsec = 1000000};
+    int64_t end = mono_ns() + (int64_t)ms * 1000000;
+    const uint64_t one = 1;
+
+    stopping = true;
+    if (wake_fd >= 0)
+        (void)!write(wake_fd, &one, sizeof(one));
+    while (running && mono_ns() < end)
+        nanosleep(&look, NULL);
+    return running ? -ETIMEDOUT : 0;
 }

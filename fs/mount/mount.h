@@ -7,6 +7,7 @@
  *   auth.c       verdicts: who may, remembered per thread; grants and the handles opened under them
  *   life.c       the state of the volume: locked, opening, open, locking
  *   inodes.c     which inodes the kernel knows, which are open
+ *   page.c       what is left to the next server of the mount
  *   loop.c       reading requests from the device
  *   adapter.c    the FUSE operations, with adapter_attr.c and adapter_file.c
  *   acl.c        POSIX ACLs, for the adapter
@@ -34,8 +35,10 @@ struct mount_config {
     bool database; /* write-through */
     bool strict;   /* attributes are asked for at every use */
     bool direct;   /* SERVER_FD_DIRECT is there */
-    bool takeover; /* another server of this mount died: init is what it had agreed on with the kernel */
+    bool page;     /* so is SERVER_FD_PAGE */
+    bool takeover; /* another server of this mount ended: init is what it had agreed on with the kernel */
     struct server_init init;
+    int patience_ms; /* with takeover: how long to wait for a keystore that is locked */
     uint64_t mount_id;
 };
 extern struct mount_config mount_config;
@@ -75,12 +78,21 @@ int auth_handle_check(uint64_t fh); /* 0 or -EKEYREVOKED */
 void auth_handle_close(uint64_t fh);
 
 /* The agent's orders. */
-void auth_end_grant(uint64_t epoch, uint64_t number);
+void auth_end_grant(uint64_t number);
 void auth_end_all(void);
 /* Does anything refer to a grant that has not ended? */
 bool auth_any_live(void);
-/* Another agent speaks from now on: verdicts of older ones are forgotten. */
+/* Another agent's channel is used from now on: verdicts of older ones are not used any more. */
 void auth_new_agent(uint64_t epoch);
+/* It is that process, and the keystore is open: grants of others are lost to it. */
+void auth_agent_is(uint64_t agent);
+/*
+ * The next thread that was given a grant that the agent does not know; all: also one that nothing here refers to. Begin with
+ * *at 0. False: there is no more.
+ */
+bool auth_next_lost(bool all, unsigned *at, struct agent_renew *ret);
+/* The agent's answer about it: it knows the grant now, or the thread is no use. */
+void auth_found(const struct agent_renew *q, bool found);
 
 /* --- channel.c --- */
 
@@ -96,11 +108,16 @@ struct channel_volume {
  * *ret_key is the caller's. ret_volume may be NULL. 0 with *ret filled; -EACCES, -ENOKEY, -EINTR. */
 int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, struct key **ret_key,
                 struct channel_volume *ret_volume);
+/* Asks for a grant of before for one of its threads; ret as above. */
+int channel_ask_again(const struct agent_renew *q, struct auth *ret);
+/* Waits until the keystore is open. False: not in that time. */
+bool channel_wait_unlocked(int ms);
 /* volume_options.on_checkpoint: tells the agent and waits until it remembers, at most 10 s; not at all where none is there:
  * the next one is told when it comes. */
 void channel_seen(void *ctx, const struct volume_seen *now);
-/* Starts the thread that reads the agent's channel (SERVER_FD_AGENT). on_lock is called for AGENT_FS_LOCK. */
-int channel_start(void (*on_lock)(void));
+/* Starts the thread that reads the agent's channel (SERVER_FD_AGENT). on_lock is called for AGENT_FS_LOCK, on_unlocked for
+ * AGENT_FS_UNLOCKED. */
+int channel_start(void (*on_lock)(void), void (*on_unlocked)(void));
 /* Replaces the channel (fd taken): SERVER_AGENT. */
 void channel_renew(int fd_take);
 /* AGENT_FS_LOCKED. */
@@ -142,24 +159,44 @@ bool life_is_open(void);
  * open instead. notify false: the mount is gone. Never from a thread that serves requests. 0, or
  * the error of volume_close. */
 int life_lock(struct fuse_session *se, bool notify);
-/* Opens the volume on the strength of the grants that live on from the mount's last server, if there are any. */
+/* Opens the volume on the strength of the grants that live on from the mount's last server, if there are any; waits while
+ * the keystore is locked. */
 void life_resume(void);
+/* Has the agent take up grants that another one gave (auth_next_lost). */
+void life_renew(bool all);
+/* Checkpoints, while requests go on: closing takes less time then. */
+void life_checkpoint(void);
 /* Ends all grants; nothing is opened from now on. */
 void life_stop(void);
 
 /* --- inodes.c: the kernel's references, each also one in the engine while a volume is open --- */
 
+/* Reads what the mount's last server has left, if there was one. After page_begin. */
+void inodes_begin(void);
+/* The kernel may have content of any inode, also of those that are not listed. */
+bool inodes_unknown(void);
 void inodes_ref(uint64_t ino);
 /* Returns how many of n references there were. */
 uint64_t inodes_forget(uint64_t ino, uint64_t n);
 /* It has pages in the kernel's cache from now on; write: one handle more that may write. */
 void inodes_opened(uint64_t ino, bool write);
 void inodes_closed(uint64_t ino, bool write);
+/* Content of it goes to the kernel without a handle (a symbolic link's). */
+void inodes_cached(uint64_t ino);
 /* Is there a handle that may write? */
 bool inodes_written(uint64_t ino);
 enum inodes_which { INODES_WRITTEN, INODES_OPENED, INODES_ALL };
 /* A list of inodes (free it): open for writing, ever opened, all. *ret_refs (or NULL) gets their references. */
 size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_refs);
+
+/* --- page.c --- */
+
+extern struct server_page *mount_page; /* NULL: there is none */
+/* Maps it. The last server must have ended. */
+void page_begin(void);
+/* Was the volume open when the last server ended (or is that not known)? */
+bool page_was_open(void);
+void page_set_open(bool open);
 
 /* --- loop.c --- */
 
@@ -170,6 +207,8 @@ int loop_init(struct fuse_session *se, const struct server_init **ret_init);
 int loop_resend(void);
 /* Starts the threads on SERVER_FD_FUSE. on_end is called once, when the mount is gone. */
 int loop_start(void (*on_end)(void));
+/* Nothing more is read; waits until what was read is answered, at most ms. 0, -ETIMEDOUT: something is still at work. */
+int loop_stop(int ms);
 
 /* What a thread's request is, beyond what libfuse tells an operation. */
 struct loop_request {
@@ -186,6 +225,9 @@ bool loop_kills_suidgid(void);
 /* --- adapter.c --- */
 
 extern const struct fuse_lowlevel_ops adapter_ops;
+/* No thread of the adapter's notifies the kernel any more, and what would need it is left unanswered: for the next server.
+ * Waits ms at most. 0 or -ETIMEDOUT. */
+int adapter_quiesce(int ms);
 /* May a request be served at once, without waiting for the agent or the volume: one by a thread tid of uid, or
  * decided before? */
 bool adapter_ready(pid_t tid, uid_t uid, bool by_handle);

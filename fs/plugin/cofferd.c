@@ -1,7 +1,8 @@
 /*
  * cofferd.c - the root daemon's beginning and end: arguments, directories, users, and the order in which the parts start.
  *
- *   cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH] [--foreground]
+ *   cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH]
+ *           [--takeover-timeout SECONDS] [--foreground]
  *
  * Order of reading: registry (what is known) - supervisor (coffer-keyd) - broker - fsproc (one coffer-fs) - mounts -
  * volumes - http (the engine's side) - control (the operator's side).
@@ -18,6 +19,7 @@
 #include "control.h"
 #include "http.h"
 #include "mounts.h"
+#include "notify.h"
 #include "registry.h"
 #include "supervisor.h"
 #include "volumes.h"
@@ -38,18 +40,23 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#define TAKEOVER_S     60 /* DESIGN section 5 */
+#define TAKEOVER_S_MAX 3600
+
 static int usage(FILE *to)
 {
-    fputs(
-        "usage: cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH] [--foreground]\n"
-        "\n"
-        "The root daemon of coffer; `coffer up` starts it. It logs to standard error.\n"
-        "  --root DIR            state in DIR, sockets and mounts in DIR/run (default /var/lib/coffer, /run/coffer)\n"
-        "  --plugin-socket PATH  where container engines find the volume driver\n"
-        "  --engine-root DIR     the engine's data (default /var/lib/docker)\n"
-        "  --engine-socket PATH  the engine's API (default /var/run/docker.sock)\n"
-        "  --foreground          stay in the terminal's session\n",
-        to);
+    fputs("usage: cofferd [--root DIR] [--plugin-socket PATH] [--engine-root DIR] [--engine-socket PATH]\n"
+          "               [--takeover-timeout SECONDS] [--foreground]\n"
+          "\n"
+          "The root daemon of coffer; `coffer up` starts it. It logs to standard error.\n"
+          "  --root DIR            state in DIR, sockets and mounts in DIR/run (default /var/lib/coffer, /run/coffer)\n"
+          "  --plugin-socket PATH  where container engines find the volume driver\n"
+          "  --engine-root DIR     the engine's data (default /var/lib/docker)\n"
+          "  --engine-socket PATH  the engine's API (default /var/run/docker.sock)\n"
+          "  --takeover-timeout S  a mount whose server died, and that no other takes over in that time, is aborted "
+          "(60)\n"
+          "  --foreground          stay in the terminal's session\n",
+          to);
     return to == stdout ? 0 : 2;
 }
 
@@ -264,25 +271,6 @@ static int take_lock(struct why *why)
 
 /* --- life --- */
 
-/* The protocol of sd_notify(3): one datagram, if somebody asked for it. */
-static void notify_ready(void)
-{
-    const char *path = getenv("NOTIFY_SOCKET");
-    struct sockaddr_un a = {.sun_family = AF_UNIX};
-    int fd;
-
-    if (!path || strlen(path) < 2 || strlen(path) >= sizeof(a.sun_path))
-        return;
-    memcpy(a.sun_path, path, strlen(path));
-    if (a.sun_path[0] == '@')
-        a.sun_path[0] = 0;
-    fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd >= 0)
-        (void)!sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&a,
-                      (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path)));
-    close_quiet(fd);
-}
-
 static void agent_up(void)
 {
     volumes_reconcile();
@@ -343,6 +331,7 @@ int main(int argc, char **argv)
                                             {"plugin-socket", required_argument, NULL, 'p'},
                                             {"engine-root", required_argument, NULL, 'e'},
                                             {"engine-socket", required_argument, NULL, 's'},
+                                            {"takeover-timeout", required_argument, NULL, 't'},
                                             {"foreground", no_argument, NULL, 'f'},
                                             {"help", no_argument, NULL, 'h'},
                                             {NULL, 0, NULL, 0}};
@@ -353,6 +342,8 @@ int main(int argc, char **argv)
     int opt;
 
     log_program = "cofferd";
+    notify_begin();
+    plugin_config.takeover_s = TAKEOVER_S;
     plugin_config.engine_root = "/var/lib/docker";
     plugin_config.engine_socket = "/var/run/docker.sock";
     while ((opt = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -364,6 +355,9 @@ int main(int argc, char **argv)
             plugin_config.engine_root = absolute(optarg);
         else if (opt == 's')
             plugin_config.engine_socket = absolute(optarg);
+        else if (opt == 't' && (plugin_config.takeover_s = atoi(optarg)) > 0 &&
+                 plugin_config.takeover_s <= TAKEOVER_S_MAX)
+            continue;
         else if (opt == 'f')
             foreground = true;
         else

@@ -26,6 +26,7 @@ struct plugin_config {
     const char *keyd_socket;
     const char *engine_root;
     const char *engine_socket;
+    int takeover_s;  /* seconds until a mount that no server takes over is aborted */
     char driver[64]; /* the engine's name for this driver: the plugin socket's file name without .sock */
     int state_fd, keystore_fd, volumes_fd, mnt_fd; /* directories */
     int programs_fd;                               /* the directory of our own executable */

@@ -10,6 +10,7 @@
 #include "control.h"
 
 #include "agent_client.h"
+#include "fsproc.h"
 #include "mounts.h"
 #include "registry.h"
 #include "supervisor.h"
@@ -458,6 +459,73 @@ static int do_umount(struct request *r)
     return rc < 0 ? rc : mounts_local_umount(json_string_value(dir), &r->why);
 }
 
+/* --- changing servers --- */
+
+/* The volumes that are meant: the one, or all that have a server. *ret (free it) has *ret_n, each with a reference. */
+static int restart_which(struct request *r, json_t *name, bool all, struct plugin_volume ***ret, size_t *ret_n)
+{
+    struct plugin_volume **list, *v = NULL;
+    size_t n = 0, total;
+    int rc;
+
+    if (!name == !all)
+        return why_set(&r->why, -EINVAL, "give a volume's name, or \"all\"");
+    if (name) {
+        rc = take_volume(r, name, &v);
+        if (rc < 0)
+            return rc;
+        list = xcalloc(1, sizeof(*list));
+        list[n++] = v;
+    } else {
+        registry_all_ref(&list, &total);
+        for (size_t i = 0; i < total; i++) {
+            struct fsproc *fs = mounts_server_ref(list[i]);
+
+            if (fs)
+                list[n++] = list[i];
+            else
+                registry_unref(list[i]);
+            fsproc_unref(fs);
+        }
+    }
+    *ret = list;
+    *ret_n = n;
+    return 0;
+}
+
+static int do_restart_server(struct request *r)
+{
+    json_t *name, *all, *done = json_array();
+    const struct json_member members[] = {{"name", JSON_STRING, false, &name}, {"all", JSON_TRUE, false, &all}};
+    struct plugin_volume **list = NULL;
+    int rc = MEMBERS(r, members), failed = 0;
+    size_t n = 0;
+
+    if (rc == 0)
+        rc = restart_which(r, name, json_is_true(all), &list, &n);
+    for (size_t i = 0; i < n; i++) {
+        struct mounts_restarted m;
+        int64_t start = mono_ns();
+
+        rc = mounts_restart_server(list[i], &m, &r->why);
+        if (rc == 0)
+            json_array_append_new(done,
+                                  json_pack("{s:s, s:i, s:i, s:I}", "name", list[i]->name, "old_pid", (int)m.old_pid,
+                                            "pid", (int)m.pid, "ms", (json_int_t)((mono_ns() - start) / 1000000)));
+        else if (!name)
+            send_line(r, r->why.text);
+        failed += rc < 0;
+        registry_unref(list[i]);
+    }
+    free(list);
+    if (failed && !name)
+        rc = why_set(&r->why, -EIO, "%d of %zu servers were not changed, as listed: they serve on", failed, n);
+    if (rc == 0)
+        r->out = json_pack("{s:O}", "restarted", done);
+    json_decref(done);
+    return rc;
+}
+
 /* --- policy --- */
 
 static int do_policy_show(struct request *r)
@@ -592,6 +660,7 @@ static const struct command {
     {"volume check", do_check, 0},
     {"volume scrub", do_scrub, 0},
     {"volume resize", do_resize, 0},
+    {"volume restart-server", do_restart_server, 0},
     {"volume export", do_export, 2},
     {"volume import", do_import, 2},
     {"mount", do_mount, 0},

@@ -8,7 +8,10 @@
  * The table `steps` is this drawing. Invariants:
  *  1. Only the process's own thread reads its channel, reaps it and moves its state; others ask through p->want and wait
  *     on p->changed.
- *  2. GONE is final: the process has been reaped (or, adopted, has been seen to end).
+ *  2. GONE is final: the process has been reaped (or, adopted, has been seen to end), or it was killed and a thread of it
+ *     hangs in the kernel for good, in a notification: that waits for a lock whose holder waits for an answer, which the next
+ *     server will give. Such a process does nothing any more (spawn_only_writes), but keeps its files open, with the lock
+ *     on `log`: so that is taken from it here, by a descriptor of the same open file.
  *  3. The owner is called by that thread, without p->lock. Until a server is handed over, its owner is `nobody`.
  */
 #include "fsproc.h"
@@ -28,6 +31,8 @@
 #include <unistd.h>
 
 #define READY_MS         10000
+#define LOOK_MS          2000  /* between looks at whether it hangs */
+#define KILL_MS          10000 /* until what was killed has ended */
 #define REFRESH_MIN_MS   500
 #define CLOSED_MS        1000 /* between the end of its channel and its own */
 #define DAMAGE_BURST     20   /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
@@ -47,7 +52,8 @@ struct task {
 struct fsproc {
     char name[AGENT_NAME_MAX];
     struct process process;
-    int pidfd, ctl, kick; /* ctl -1: adopted */
+    int log_fd;           /* its `log`, the same open file, or -1 */
+    int pidfd, ctl, kick; /* ctl -1: adopted, and it kept no channel */
     bool ours;            /* a child: to be reaped */
     int64_t damage_since; /* mono_ns; of the process's thread */
     int damages;
@@ -66,6 +72,7 @@ struct fsproc {
     uint64_t stats_seen;
     struct server_stat stat;
     struct task *task; /* under way */
+    bool telling;      /* somebody is in its sink */
     uint64_t next_id;
     uint64_t agent_generation;
 };
@@ -166,7 +173,7 @@ static struct fsproc *fsproc_new(const char *name, const struct fsproc_owner *ow
     struct fsproc *p = xcalloc(1, sizeof(*p));
 
     snprintf(p->name, sizeof(p->name), "%s", name);
-    p->pidfd = p->ctl = -1;
+    p->pidfd = p->ctl = p->log_fd = -1;
     p->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->owner = owner;
     p->ctx = ctx;
@@ -198,6 +205,7 @@ void fsproc_unref(struct fsproc *p)
         return;
     close_quiet(p->pidfd);
     close_quiet(p->ctl);
+    close_quiet(p->log_fd);
     close_quiet(p->kick);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->changed);
@@ -267,35 +275,48 @@ static void take_task_end(struct fsproc *p, uint64_t id, int result)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* The task with this id, or the run. Only the calling thread ends it, so it and its sink live on without p->lock, which
- * nobody shall wait for as long as a reader of lines takes. */
-static struct task *task_of(struct fsproc *p, uint64_t id)
+/* The task with this id, or the run: it and its sink live on until told(), without p->lock, which nobody shall wait for as
+ * long as a reader of lines takes. */
+static struct task *tell(struct fsproc *p, uint64_t id)
 {
     struct task *t;
 
     pthread_mutex_lock(&p->lock);
     t = p->task && (p->task->id == id || p->task->id == 0) ? p->task : NULL;
+    p->telling = t != NULL;
     pthread_mutex_unlock(&p->lock);
     return t;
 }
 
+static void told(struct fsproc *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->telling = false;
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
+}
+
 static void take_line(struct fsproc *p, uint64_t id, const char *text)
 {
-    struct task *t = task_of(p, id);
+    struct task *t = tell(p, id);
 
     if (!t)
         return;
     t->lines++;
     if (t->sink->line)
         t->sink->line(t->sink->ctx, text);
+    told(p);
 }
 
 static void take_progress(struct fsproc *p, uint64_t id, const struct server_progress *at)
 {
-    struct task *t = task_of(p, id);
+    struct task *t = tell(p, id);
 
-    if (t && t->sink->progress)
+    if (!t)
+        return;
+    if (t->sink->progress)
         t->sink->progress(t->sink->ctx, at->done, at->total);
+    told(p);
 }
 
 static void take_stat(struct fsproc *p, const struct server_stat *st)
@@ -378,8 +399,19 @@ static void send_wanted(struct fsproc *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* It has ended: reads what it said last, reaps it, and says how it went. */
-static void bury(struct fsproc *p, char *how, size_t n)
+/* The open file, and so the lock, is ours as well as its: it must not outlive it. */
+static void unlock_log(struct fsproc *p)
+{
+    struct flock fl = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+
+    if (p->log_fd >= 0)
+        fcntl(p->log_fd, F_OFD_SETLK, &fl);
+    close_quiet(p->log_fd);
+    p->log_fd = -1;
+}
+
+/* It has ended, or hangs: reads what it said last, reaps it, and says how it went. */
+static void bury(struct fsproc *p, bool hangs, char *how, size_t n)
 {
     while (p->ctl >= 0) {
         struct pollfd f = {.fd = p->ctl, .events = POLLIN};
@@ -387,8 +419,13 @@ static void bury(struct fsproc *p, char *how, size_t n)
         if (poll(&f, 1, 0) <= 0 || !take_message(p))
             break;
     }
-    p->exit_status = p->ours ? spawn_reap(p->pidfd) : 0;
-    if (p->exit_status > 128)
+    p->exit_status = p->ours && !hangs ? spawn_reap(p->pidfd) : 0;
+    unlock_log(p);
+    if (hangs)
+        snprintf(how, n, "killed; a thread of it waits in the kernel for an answer of the next one");
+    else if (!p->ours)
+        snprintf(how, n, "it ended (an earlier cofferd started it: its status is not known)");
+    else if (p->exit_status > 128)
         snprintf(how, n, "killed by signal %d", p->exit_status - 128);
     else
         snprintf(how, n, "exit status %d%s%s", p->exit_status, p->failed[0] ? ": " : "", p->failed);
@@ -408,15 +445,18 @@ static void *watch(void *arg)
     struct listener l;
     int64_t ticked = mono_ns();
     char how[AGENT_TEXT_MAX + 64];
+    bool hangs = false;
 
-    for (;;) {
+    while (!hangs) {
         struct pollfd f[3] = {{.fd = p->pidfd, .events = POLLIN},
                               {.fd = p->kick, .events = POLLIN},
                               {.fd = channel ? p->ctl : -1, .events = POLLIN}};
-        int r = poll(f, 3, FSPROC_TICK_MS);
+        int r = poll(f, 3, LOOK_MS);
 
         if (r < 0)
             continue;
+        if (r == 0)
+            hangs = spawn_only_writes(&p->process, SERVER_FD_FUSE);
         if (f[2].revents && !take_message(p)) {
             channel = false;
             /* One that ends closes it first. */
@@ -433,13 +473,15 @@ static void *watch(void *arg)
             ticked = mono_ns();
         }
     }
-    bury(p, how, sizeof(how));
+    bury(p, hangs, how, sizeof(how));
     l = step(p, EV_EXITED);
     if (l.died)
         l.owner->died(l.ctx, p, how);
     else
         l.owner->ended(l.ctx, p);
     l.owner->free(l.ctx);
+    if (hangs && spawn_wait_end(p->pidfd, -1) == 0 && p->ours)
+        spawn_reap(p->pidfd);
     fsproc_unref(p);
     return NULL;
 }
@@ -517,8 +559,8 @@ static void take_channel(struct fsproc *p, int fd)
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
                  const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why)
 {
-    const char *argv[12] = {"coffer-fs", "serve", name, NULL};
-    char init[2 * sizeof(struct server_init) + 1], mount_id[17];
+    const char *argv[14] = {"coffer-fs", "serve", name, NULL};
+    char init[2 * sizeof(struct server_init) + 1], mount_id[17], patience[12];
     int pair[2], n = 3, rc;
     struct fsproc *p;
 
@@ -533,8 +575,11 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     argv[n++] = mount_id;
     if (fds->takeover) {
         hex_encode((const uint8_t *)fds->takeover, sizeof(*fds->takeover), init);
+        snprintf(patience, sizeof(patience), "%d", fds->patience_ms);
         argv[n++] = "--takeover";
         argv[n++] = init;
+        argv[n++] = "--patience";
+        argv[n++] = patience;
     }
     argv[n] = NULL;
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
@@ -542,8 +587,10 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     p = fsproc_new(name, &nobody, NULL);
     take_channel(p, pair[0]);
     p->agent_generation = fds->agent_generation;
-    rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->direct},
-                       fds->direct < 0 ? 5 : 6, &p->process, &p->pidfd, why);
+    p->log_fd = fcntl(fds->log, F_DUPFD_CLOEXEC, 3);
+    rc = start_process(
+        argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->page, pair[0], fds->direct},
+        fds->direct < 0 ? 7 : 8, &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0) {
         fsproc_unref(p);
@@ -572,6 +619,22 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     return 0;
 }
 
+/* Our end of its channel, which it keeps for us; -1: there is none. */
+static int fetch_channel(int pidfd)
+{
+    int fd = spawn_fetch_fd(pidfd, SERVER_FD_PEER), type = 0, domain = 0;
+    socklen_t n = sizeof(type), m = sizeof(domain);
+
+    if (fd >= 0 && getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) == 0 && type == SOCK_SEQPACKET &&
+        getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &m) == 0 && domain == AF_UNIX) {
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+        return fd;
+    }
+    log_info("a server of before cannot be spoken to: %s", fd < 0 ? strerror(-fd) : "it kept something else");
+    close_quiet(fd);
+    return -1;
+}
+
 int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
                  struct fsproc **ret)
 {
@@ -581,7 +644,12 @@ int fsproc_adopt(const char *name, const struct process *process, const struct f
     p->process = *process;
     p->pidfd = process_pidfd(process);
     p->state = FS_SERVING;
+    p->next_id = (uint64_t)mono_ns(); /* late answers to the last cofferd are nobody's */
     rc = p->pidfd < 0 ? -ESRCH : 0;
+    if (rc == 0) {
+        p->ctl = fetch_channel(p->pidfd);
+        p->log_fd = spawn_fetch_fd(p->pidfd, SERVER_FD_LOG);
+    }
     if (rc == 0) {
         fsproc_ref(p);
         rc = thread_start(watch, p);
@@ -602,16 +670,62 @@ void fsproc_expect_end(struct fsproc *p)
     step(p, EV_STOP);
 }
 
-void fsproc_stop(struct fsproc *p)
+/* An order without a body. 0 or -errno. */
+static int order(struct fsproc *p, enum server_type type)
 {
-    struct msg_head head = {.type = SERVER_STOP};
+    struct msg_head head = {.type = type};
 
-    fsproc_expect_end(p);
     pthread_mutex_lock(&p->lock);
     head.id = p->next_id++;
     pthread_mutex_unlock(&p->lock);
-    if (p->ctl < 0 || msg_send(p->ctl, &head, NULL, NULL, 0) < 0)
+    return p->ctl < 0 ? -ENOTCONN : msg_send(p->ctl, &head, NULL, NULL, 0);
+}
+
+void fsproc_stop(struct fsproc *p)
+{
+    fsproc_expect_end(p);
+    if (order(p, SERVER_STOP) < 0)
         spawn_signal(p->pidfd, SIGTERM);
+}
+
+int fsproc_fetch(struct fsproc *p, enum server_fd fd)
+{
+    return spawn_fetch_fd(p->pidfd, fd);
+}
+
+int fsproc_go(struct fsproc *p)
+{
+    return order(p, SERVER_GO);
+}
+
+int fsproc_hand_over(struct fsproc *p, int ms)
+{
+    int rc;
+
+    fsproc_expect_end(p);
+    rc = order(p, SERVER_HANDOVER);
+    if (rc == 0)
+        rc = fsproc_wait_end(p, ms);
+    if (rc == 0)
+        return 0;
+    fsproc_kill(p);
+    return -ETIMEDOUT;
+}
+
+void fsproc_kill(struct fsproc *p)
+{
+    spawn_signal(p->pidfd, SIGKILL);
+    fsproc_wait_end(p, KILL_MS);
+}
+
+bool fsproc_busy(struct fsproc *p)
+{
+    bool busy;
+
+    pthread_mutex_lock(&p->lock);
+    busy = p->task != NULL;
+    pthread_mutex_unlock(&p->lock);
+    return busy;
 }
 
 int fsproc_wait_end(struct fsproc *p, int ms)
@@ -699,7 +813,7 @@ int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, co
     rc = msg_send(p->ctl, &head, &body, fds, nfds);
     if (rc < 0)
         p->task = NULL;
-    while (rc == 0 && !t.done)
+    while ((rc == 0 && !t.done) || p->telling)
         pthread_cond_wait(&p->changed, &p->lock);
     pthread_mutex_unlock(&p->lock);
     if (rc == 0)
@@ -767,7 +881,7 @@ int fsproc_run(const char *verb, const char *name, const char *option, const cha
         else if (f[0].revents)
             break;
     }
-    bury(p, how, sizeof(how));
+    bury(p, false, how, sizeof(how));
     rc = p->exit_status;
     if (rc == 3)
         rc = MAX(t.lines, 1);

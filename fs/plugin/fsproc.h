@@ -23,30 +23,43 @@ struct fsproc_owner {
 
 /* The descriptors that a new server gets; they stay the caller's. */
 struct fsproc_fds {
-    int agent, data, log, fuse;
+    int agent, data, log, fuse, page;
     int direct;                /* or -1 */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
     uint64_t mount_id;
-    const struct server_init *takeover; /* of the mount's last server, which died; NULL: a new mount */
+    int patience_ms;                    /* with takeover: how long it may wait for the keystore */
+    const struct server_init *takeover; /* of the mount's last server; NULL: a new mount */
 };
 
 /*
- * Starts `coffer-fs serve` and waits until it is ready (10 s). 0 with a reference in *ret; from then on owner is called,
+ * Starts `coffer-fs serve` and waits until it is ready (10 s); one that takes over serves only after fsproc_go(). 0 with a reference in *ret; from then on owner is called,
  * with ctx, until owner->free. After an error (reason in *why) it is dead and ctx is still the caller's.
  */
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
                  const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why);
-/* Watches a server that an earlier cofferd started; there is no channel to it. 0 or -ESRCH. */
+/* Watches a server that an earlier cofferd started. Its channel is fetched from it; where that is not allowed there is none.
+ * 0 or -ESRCH. */
 int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
                  struct fsproc **ret);
 struct fsproc *fsproc_ref(struct fsproc *p);
 void fsproc_unref(struct fsproc *p);
 
-/* False for one that an earlier cofferd started: it cannot be asked or told anything. */
+/* False for one that an earlier cofferd started and that kept no channel: it cannot be asked or told anything. */
 bool fsproc_has_channel(const struct fsproc *p);
 struct process fsproc_process(const struct fsproc *p);
 /* What another server needs to take over the mount. False: it cannot be. */
 bool fsproc_init(struct fsproc *p, struct server_init *ret);
+/* A duplicate of one of its descriptors (the caller's), as it says: to be checked. -errno. */
+int fsproc_fetch(struct fsproc *p, enum server_fd fd);
+/* The mount's last server has ended: p goes on with it. 0 or -errno. */
+int fsproc_go(struct fsproc *p);
+/* Has it stop for another that stands ready, and waits until it has ended: ms at most, then it is killed. 0, or
+ * -ETIMEDOUT: it was killed (its log is whole all the same). */
+int fsproc_hand_over(struct fsproc *p, int ms);
+/* Kills it, and waits a while until it has ended. */
+void fsproc_kill(struct fsproc *p);
+/* Is a task under way? */
+bool fsproc_busy(struct fsproc *p);
 /* The end is expected from now on: it is not `died` any more. */
 void fsproc_expect_end(struct fsproc *p);
 /* Tells it to flush and exit (SIGTERM where there is no channel). */
@@ -57,7 +70,7 @@ int fsproc_wait_end(struct fsproc *p, int ms);
 int fsproc_stat(struct fsproc *p, int ms, struct server_stat *ret);
 /* Asks for its figures without waiting: the owner's unlocked() hears. At most every half second. */
 void fsproc_refresh(struct fsproc *p);
-/* Where the findings of what takes long go, and how far it is; called with the server's lock held. */
+/* Where the findings of what takes long go, and how far it is. */
 struct fsproc_sink {
     void (*line)(void *ctx, const char *text);                  /* NULL as well */
     void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */

@@ -9,10 +9,15 @@
  *                    FAILED <---(while held)--------------------+--- (not held: IDLE)
  *
  * A server that died is followed by another on the same connection (take_over): meanwhile the mount is FAILED and fuse_fd
- * is open. Only where that does not work is it mounted anew.
+ * is open. Only where that does not work is it mounted anew. One that the operator has changed (mounts_restart_server) ends
+ * only when the next one stands ready.
+ *
+ * A cofferd that is started again has fuse_fd and page_fd from the service manager's store, if there is one, or from the
+ * living server (adopt_one).
  *
  * Invariants:
- *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has.
+ *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has, until it
+ *     has ended or can do nothing any more (fsproc.c).
  *  2. Nobody's data goes to the host's disk in the clear: a mountpoint exists only while something is mounted there, so
  *     binding it at any other time fails.
  *  3. A mount that a container lives with is not taken away, whatever the counts say: what other mount namespaces have
@@ -28,16 +33,20 @@
 #include "agent_client.h"
 #include "fsproc.h"
 #include "mountinfo.h"
+#include "notify.h"
 #include "supervisor.h"
 
 #include <dirent.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <sodium.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #define LOG_LOCK_MS     10000 /* for the last server's flush to end, before a new one */
@@ -46,7 +55,8 @@
 #define ENGINE_GRACE_MS 60000 /* after which a dead engine's counts are dropped */
 #define HEALTHY_MS      60000 /* a server that lived so long does not count as dying in a row */
 #define RESTARTS_MAX    6
-#define TAKEOVER_MS     60000 /* until a mount whose server died is given up; DESIGN section 5 */
+#define HANDOVER_MS     30000 /* until a server that shall end for the next one is killed */
+#define PATIENCE_MIN_MS 1000  /* for the keystore to be unlocked, of a server that takes over */
 #define DEATHS_MS       10000 /* ARRAY_LEN(death_ns) deaths in that time: the next server would die, too */
 
 /* Podman, whose every command is a process of its own, mounts all with this one ID and counts by itself. */
@@ -55,7 +65,7 @@
 static pthread_mutex_t down_lock = PTHREAD_MUTEX_INITIALIZER;
 static bool going_down; /* (down_lock) */
 
-static int server_start(struct plugin_volume *v, struct why *why);
+static int server_start(struct plugin_volume *v, struct fsproc *old, struct why *why);
 static void restart_failed(struct plugin_volume *v);
 
 static bool is_going_down(void)
@@ -162,7 +172,16 @@ static int lock_log(int fd)
     return 0;
 }
 
-int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)
+static int lock_backing(struct plugin_volume *v, int log, struct why *why)
+{
+    int rc = lock_log(log);
+
+    return rc < 0
+               ? why_set(why, rc, "volume %s is still being flushed by its last server: try again in a moment", v->name)
+               : 0;
+}
+
+static int open_files(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)
 {
     char id[2 * VOLUME_ID_BYTES + 1];
     int dir = -1, data = -1, log = -1, rc;
@@ -177,11 +196,6 @@ int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, st
                 plugin_config.state_dir, id);
     else if (rc < 0)
         why_set(why, rc, "cannot open %s/volumes/%s: %s", plugin_config.state_dir, id, strerror(-rc));
-    if (rc == 0) {
-        rc = lock_log(log);
-        if (rc < 0)
-            why_set(why, rc, "volume %s is still being flushed by its last server: try again in a moment", v->name);
-    }
     close_quiet(dir);
     if (rc < 0) {
         close_quiet(data);
@@ -191,6 +205,20 @@ int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, st
     *ret_data = data;
     *ret_log = log;
     return 0;
+}
+
+int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)
+{
+    int rc = open_files(v, ret_data, ret_log, why);
+
+    if (rc == 0)
+        rc = lock_backing(v, *ret_log, why);
+    if (rc < 0) {
+        close_quiet(*ret_data);
+        close_quiet(*ret_log);
+        *ret_data = *ret_log = -1;
+    }
+    return rc;
 }
 
 /* The same file for transfers past the page cache; -1 where its filesystem has no such thing. */
@@ -226,6 +254,21 @@ static void tune_bdi(const char *dev)
     }
 }
 
+/* What the mount's servers leave to each other. all: what the kernel has is not known. */
+static int page_make(bool all)
+{
+    const struct server_page_head head = {.version = all ? SERVER_PAGE_VERSION : 0, .all = all};
+    int fd = memfd_create("coffer-page", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+    if (fd < 0 || ftruncate(fd, sizeof(struct server_page)) < 0 ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0 ||
+        pwrite_full(fd, &head, sizeof(head), 0) < 0) {
+        close_quiet(fd);
+        return -1;
+    }
+    return fd;
+}
+
 static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
 {
     char *path = mounts_path(v), dev[MOUNT_DEV_MAX], options[160];
@@ -250,6 +293,7 @@ static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
     }
     if (mountinfo_device(path, dev) == 0)
         tune_bdi(dev);
+    v->page_fd = page_make(false);
     *ret_fd = fd;
     fd = -1;
 out:
@@ -269,8 +313,13 @@ static void fuse_detach(struct plugin_volume *v)
     if (unlinkat(plugin_config.mnt_fd, v->name, AT_REMOVEDIR) < 0 && errno != ENOENT)
         log_err("cannot remove %s: %s", path, strerror(errno));
     free(path);
+    if (v->fuse_fd >= 0) {
+        notify_remove("fuse", v->name);
+        notify_remove("page", v->name);
+    }
     close_quiet(v->fuse_fd);
-    v->fuse_fd = -1;
+    close_quiet(v->page_fd);
+    v->fuse_fd = v->page_fd = -1;
 }
 
 /* --- directories of `coffer mount` --- */
@@ -343,11 +392,13 @@ static bool used_elsewhere(struct plugin_volume *v)
 
 /* --- what the server's thread tells --- */
 
-/* The next one can go on with the mount, and whoever waits for an answer gets it. op_lock held. */
-static bool can_take_over(struct plugin_volume *v, const char *how)
+/* The next one can go on with the mount, and whoever waits for an answer gets it: unless the connection has ended (a server
+ * that sees that ends by itself). op_lock held. */
+static bool can_take_over(struct plugin_volume *v)
 {
-    /* One that finds its mount gone ends by itself. */
-    return v->fuse_fd >= 0 && v->has_init && strncmp(how, "exit status 0", 13) != 0;
+    struct pollfd p = {.fd = v->fuse_fd};
+
+    return v->fuse_fd >= 0 && v->has_init && (poll(&p, 1, 0) == 0 || !(p.revents & (POLLERR | POLLNVAL)));
 }
 
 /* Notes a death. False: there were too many in a short time. op_lock held. */
@@ -379,7 +430,7 @@ static void fuse_abort(struct plugin_volume *v)
 /* Starts servers on the mount until one goes on with it. False when none did in time. */
 static bool take_over(struct plugin_volume *v)
 {
-    int64_t end = mono_ns() + (int64_t)TAKEOVER_MS * 1000000;
+    int64_t end = mono_ns() + (int64_t)plugin_config.takeover_s * 1000000000;
     struct why why = {""};
     int rc = -ESHUTDOWN;
     bool mine;
@@ -388,8 +439,10 @@ static bool take_over(struct plugin_volume *v)
         pthread_mutex_lock(&v->op_lock);
         mine = v->mount == MOUNT_FAILED && v->fuse_fd >= 0;
         if (mine && !is_going_down())
-            rc = server_start(v, &why);
+            rc = server_start(v, NULL, &why);
         if (mine && rc == 0) {
+            if (!is_held(v))
+                set_state(v, MOUNT_LINGERING);
             registry_save();
             log_info("volume %s: a new server has taken over", v->name);
         }
@@ -406,8 +459,38 @@ static bool take_over(struct plugin_volume *v)
 static void finish(struct plugin_volume *v)
 {
     fuse_detach(v);
+    pthread_mutex_lock(&registry_lock);
+    v->has_init = false;
+    pthread_mutex_unlock(&registry_lock);
     set_server(v, NULL, is_held(v) ? MOUNT_FAILED : MOUNT_IDLE);
     registry_save();
+}
+
+/* op_lock held. */
+static void give_up(struct plugin_volume *v)
+{
+    v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
+    memset(v->death_ns, 0, sizeof(v->death_ns));
+    log_err("volume %s: its mount is given up", v->name);
+    fuse_abort(v);
+    unbind_all(v);
+}
+
+/* A FAILED mount gets another server, or is given up: then false, and there is none. */
+static bool replace_dead(struct plugin_volume *v)
+{
+    bool mine;
+
+    if (take_over(v))
+        return true;
+    pthread_mutex_lock(&v->op_lock);
+    mine = v->mount == MOUNT_FAILED && v->fuse_fd >= 0;
+    if (mine) {
+        give_up(v);
+        finish(v);
+    }
+    pthread_mutex_unlock(&v->op_lock);
+    return !mine;
 }
 
 static void server_died(void *ctx, struct fsproc *p, const char *how)
@@ -425,21 +508,14 @@ static void server_died(void *ctx, struct fsproc *p, const char *how)
         log_err("volume %s: %s died: %s", v->name, "coffer-fs", how);
         agent_note(v->name, "server-died", text);
         free(text);
-        if (death_allowed(v) && can_take_over(v, how)) {
+        if (death_allowed(v) && can_take_over(v)) {
             set_server(v, NULL, MOUNT_FAILED);
             pthread_mutex_unlock(&v->op_lock);
-            if (take_over(v))
-                return;
-            pthread_mutex_lock(&v->op_lock);
-            mine = v->mount == MOUNT_FAILED && v->fuse_fd >= 0;
+            if (!replace_dead(v))
+                restart_failed(v);
+            return;
         }
-        if (mine) {
-            v->deaths = mono_ns() - v->started_ns > (int64_t)HEALTHY_MS * 1000000 ? 1 : v->deaths + 1;
-            memset(v->death_ns, 0, sizeof(v->death_ns));
-            log_err("volume %s: its mount is given up", v->name);
-            fuse_abort(v);
-            unbind_all(v);
-        }
+        give_up(v);
     }
     if (mine)
         finish(v);
@@ -483,15 +559,53 @@ static const struct fsproc_owner server_owner = {
 
 /* --- starting a server; op_lock held --- */
 
-static int server_start(struct plugin_volume *v, struct why *why)
+/* The server whose turn it is: fs, known to the state file before it is told to go on, so that a cofferd that is started
+ * meanwhile finds it. 0 or -errno. */
+static int server_go(struct plugin_volume *v, struct fsproc *fs, int log, struct why *why)
 {
-    struct fsproc_fds fds = {-1, -1, -1, -1, -1, supervisor_generation(), 0, NULL};
+    int rc = lock_backing(v, log, why);
+
+    if (rc < 0)
+        return rc;
+    set_server(v, fs, MOUNT_SERVING);
+    registry_save();
+    rc = fsproc_go(fs);
+    return rc < 0 ? why_set(why, rc, "the new server of volume %s does not listen: %s", v->name, strerror(-rc)) : 0;
+}
+
+static void store_descriptors(struct plugin_volume *v)
+{
+    notify_store("fuse", v->name, v->fuse_fd);
+    notify_store("page", v->name, v->page_fd);
+}
+
+/* What is left of the time in which a mount must have another server. op_lock held. */
+static int patience_ms(const struct plugin_volume *v)
+{
+    int64_t died = v->death_ns[ARRAY_LEN(v->death_ns) - 1];
+    int64_t left = plugin_config.takeover_s * 1000 - (died ? (mono_ns() - died) / 1000000 : 0);
+
+    return (int)MAX(left, PATIENCE_MIN_MS);
+}
+
+/* On the mount if there is one (then it takes over), else on a new one. old: the server that lives on until the new one stands
+ * ready, then ends; or NULL. An error leaves old as it is, or ended and the mount FAILED. */
+static int server_start(struct plugin_volume *v, struct fsproc *old, struct why *why)
+{
+    struct fsproc_fds fds = {.agent = -1,
+                             .data = -1,
+                             .log = -1,
+                             .direct = -1,
+                             .agent_generation = supervisor_generation(),
+                             .patience_ms = patience_ms(v)};
     bool takeover = v->fuse_fd >= 0;
     struct plugin_volume *ref = NULL;
+    struct server_init init;
     struct fsproc *fs = NULL;
+    bool has_init;
     int rc;
 
-    rc = mounts_open_backing(v, &fds.data, &fds.log, why);
+    rc = old ? open_files(v, &fds.data, &fds.log, why) : mounts_open_backing(v, &fds.data, &fds.log, why);
     if (rc == 0)
         fds.direct = open_direct(fds.data);
     if (rc == 0 && !takeover) {
@@ -501,9 +615,11 @@ static int server_start(struct plugin_volume *v, struct why *why)
     if (rc < 0)
         goto out;
     fds.fuse = v->fuse_fd;
+    fds.page = v->page_fd;
     fds.mount_id = v->mount_id;
     fds.takeover = takeover ? &v->init : NULL;
-    rc = agent_bind(v->name, AGENT_PURPOSE_SERVE, &fds.agent, why);
+    rc = fds.page < 0 ? why_set(why, -ENOMEM, "volume %s: no memory to share with its server", v->name)
+                      : agent_bind(v->name, AGENT_PURPOSE_SERVE, &fds.agent, why);
     if (rc < 0)
         goto unmount;
     ref = registry_find_ref(v->name);
@@ -512,10 +628,29 @@ static int server_start(struct plugin_volume *v, struct why *why)
     if (rc < 0)
         goto unmount;
     ref = NULL; /* the server's thread has it now */
-    v->has_init = fsproc_init(fs, &v->init);
+    has_init = fsproc_init(fs, &init);
+    pthread_mutex_lock(&registry_lock);
+    v->has_init = has_init;
+    v->init = init;
+    pthread_mutex_unlock(&registry_lock);
     v->started_ns = mono_ns();
-    set_server(v, fs, MOUNT_SERVING);
-    goto out;
+    if (!takeover) {
+        set_server(v, fs, MOUNT_SERVING);
+        if (has_init)
+            store_descriptors(v);
+        goto out;
+    }
+    if (old && fsproc_hand_over(old, HANDOVER_MS) < 0)
+        log_err("volume %s: its old server did not end within %d s: killed", v->name, HANDOVER_MS / 1000);
+    rc = server_go(v, fs, fds.log, why);
+    if (rc == 0)
+        goto out;
+    fsproc_expect_end(fs);
+    fsproc_kill(fs);
+    if (v->fs == fs)
+        fsproc_ref(fs); /* set_server drops the one of the volume */
+    set_server(v, NULL, MOUNT_FAILED);
+    fsproc_unref(fs);
 unmount:
     if (!takeover)
         fuse_detach(v);
@@ -548,7 +683,7 @@ static int ensure_mounted(struct plugin_volume *v, struct why *why)
         set_state(v, MOUNT_SERVING);
     if (v->mount == MOUNT_SERVING)
         return 0;
-    return server_start(v, why);
+    return server_start(v, NULL, why);
 }
 
 /* Starts a server for a volume that is held and has none; waits longer from one death in a row to the next. */
@@ -566,11 +701,14 @@ static void restart_failed(struct plugin_volume *v)
         sleep_ms(deaths <= 1 ? 0 : 1000 << MIN(deaths - 2, 5u));
         pthread_mutex_lock(&v->op_lock);
         if (v->mount == MOUNT_FAILED && registry_is_listed(v) && !is_going_down()) {
-            rc = server_start(v, &why);
+            bool takeover = v->fuse_fd >= 0; /* the mount is the same: its directories are bound */
+
+            rc = server_start(v, NULL, &why);
             if (rc == 0) {
-                bind_all(v);
+                if (!takeover)
+                    bind_all(v);
                 registry_save();
-                log_info("volume %s: mounted anew", v->name);
+                log_info("volume %s: %s", v->name, takeover ? "a new server has taken over" : "mounted anew");
             }
         }
         pthread_mutex_unlock(&v->op_lock);
@@ -1051,6 +1189,148 @@ struct fsproc *mounts_server_ref(struct plugin_volume *v)
     return fs;
 }
 
+/* --- a planned change of the server --- */
+
+/* op_lock held. */
+static int may_restart(struct plugin_volume *v, struct why *why)
+{
+    int rc = agent_need_unlocked(why); /* or the next one would not get the key */
+
+    if (rc < 0)
+        return rc;
+    if (v->mount != MOUNT_SERVING && v->mount != MOUNT_LINGERING)
+        return why_set(why, v->mount == MOUNT_IDLE ? -ENOTCONN : -EBUSY,
+                       v->mount == MOUNT_IDLE ? "volume %s is not mounted: it has no server"
+                                              : "volume %s has no server at this moment: try again later",
+                       v->name);
+    if (!can_take_over(v))
+        return why_set(why, -EOPNOTSUPP,
+                       "no other server can take this mount of volume %s over (that needs Linux 6.9): unmount it and "
+                       "mount it again",
+                       v->name);
+    if (fsproc_busy(v->fs))
+        return why_set(why, -EBUSY, "a check, export or resize of volume %s is under way: try again when it has ended",
+                       v->name);
+    return 0;
+}
+
+static bool restart_begins(struct plugin_volume *v, bool begin)
+{
+    bool was;
+
+    pthread_mutex_lock(&registry_lock);
+    was = v->restarting;
+    v->restarting = begin;
+    pthread_mutex_unlock(&registry_lock);
+    return !was;
+}
+
+int mounts_restart_server(struct plugin_volume *v, struct mounts_restarted *ret, struct why *why)
+{
+    struct fsproc *old = NULL;
+    enum mount_state state;
+    char *text;
+    int rc;
+
+    if (!restart_begins(v, true))
+        return why_set(why, -EALREADY, "the server of volume %s is being restarted already", v->name);
+    rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
+    if (rc < 0)
+        goto out;
+    rc = may_restart(v, why);
+    if (rc == 0) {
+        old = fsproc_ref(v->fs);
+        state = v->mount;
+        ret->old_pid = fsproc_process(old).pid;
+        rc = server_start(v, old, why);
+    }
+    if (rc == 0) {
+        set_state(v, state);
+        ret->pid = fsproc_process(v->fs).pid;
+        text = xasprintf("coffer-fs (pid %d) has followed pid %d", (int)ret->pid, (int)ret->old_pid);
+        log_info("volume %s: %s, as the operator asked", v->name, text);
+        agent_note(v->name, "server-restarted", text);
+        free(text);
+    }
+    pthread_mutex_unlock(&v->op_lock);
+    if (rc < 0 && old && fsproc_wait_end(old, 0) == 0) {
+        log_err("volume %s: %s; another one is started", v->name, why->text);
+        if (!replace_dead(v))
+            restart_failed(v);
+    }
+out:
+    fsproc_unref(old);
+    restart_begins(v, false);
+    return rc;
+}
+
+/* --- at start --- */
+
+/* fd, or -1 where it is not the device. */
+static int device_take(int fd)
+{
+    struct stat st;
+
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(10, 229))
+        return fd;
+    close_quiet(fd);
+    return -1;
+}
+
+/* fd, or a new one that says that nothing is known. */
+static int page_take(int fd)
+{
+    int seals = fd < 0 ? -1 : fcntl(fd, F_GET_SEALS);
+    struct stat st;
+
+    if (seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &st) == 0 && st.st_size == (off_t)sizeof(struct server_page))
+        return fd;
+    close_quiet(fd);
+    return page_make(true);
+}
+
+/* What was stored, else what the server kept for us: that may have been taken over, so what it calls the device is looked at.
+ * fs NULL: it has ended. False: there is nothing that another server could go on with. op_lock held. */
+static bool adopt_descriptors(struct plugin_volume *v, struct fsproc *fs)
+{
+    int fuse = device_take(notify_take("fuse", v->name)), page = notify_take("page", v->name);
+
+    if (fuse < 0 && fs)
+        fuse = device_take(fsproc_fetch(fs, SERVER_FD_FUSE));
+    if (page < 0 && fs)
+        page = fsproc_fetch(fs, SERVER_FD_PAGE);
+    if (fuse < 0 || !v->has_init) {
+        close_quiet(fuse);
+        close_quiet(page);
+        return false;
+    }
+    v->fuse_fd = fuse;
+    v->page_fd = page_take(page);
+    store_descriptors(v);
+    return true;
+}
+
+/* Perhaps it is one that was to take over, and waits. op_lock held. */
+static void adopt_go(struct plugin_volume *v, struct fsproc *fs)
+{
+    int log = fsproc_fetch(fs, SERVER_FD_LOG);
+    struct why why = {""};
+
+    if (log < 0 || lock_backing(v, log, &why) < 0 || fsproc_go(fs) < 0)
+        log_err("volume %s: its server may not be serving: %s", v->name, log < 0 ? strerror(-log) : why.text);
+    close_quiet(log);
+}
+
+static void *replace_thread(void *arg)
+{
+    struct plugin_volume *v = arg;
+
+    if (!replace_dead(v))
+        restart_failed(v);
+    registry_unref(v);
+    return NULL;
+}
+
 static void adopt_one(struct plugin_volume *v)
 {
     char *path = mounts_path(v), dev[MOUNT_DEV_MAX];
@@ -1064,8 +1344,24 @@ static void adopt_one(struct plugin_volume *v)
         ref = NULL;
         set_server(v, fs, state);
         v->started_ns = mono_ns();
+        if (!adopt_descriptors(v, fs))
+            log_err("volume %s: its mount lives only as long as its server: that did not give its descriptors",
+                    v->name);
+        else if (fsproc_has_channel(fs))
+            adopt_go(v, fs);
         log_info("volume %s: its server (pid %d) is found again", v->name, (int)fsproc_process(fs).pid);
+    } else if (mounted && v->mount != MOUNT_IDLE && adopt_descriptors(v, NULL) && can_take_over(v) &&
+               thread_start(replace_thread, ref) == 0) {
+        log_info("volume %s: its server ended while no cofferd ran; another one shall take over", v->name);
+        set_server(v, NULL, MOUNT_FAILED);
+        ref = NULL;
     } else {
+        if (v->mount != MOUNT_IDLE) {
+            log_err("volume %s: its server ended while no cofferd ran: its mount is lost%s", v->name,
+                    is_held(v) ? ", and made anew" : "");
+            fuse_abort(v); /* whoever kept the device open */
+            unbind_all(v);
+        }
         finish(v);
     }
     registry_unref(ref);

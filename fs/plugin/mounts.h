@@ -30,6 +30,13 @@ int mounts_engine_unmount(struct plugin_volume *v, const char *id, struct why *w
 int mounts_local_mount(struct plugin_volume *v, const char *dir, struct why *why);
 int mounts_local_umount(const char *dir, struct why *why);
 
+/* Starts another coffer-fs for a mounted volume, lets the one that serves it end, and has the new one go on: for who uses
+ * the mount that is a pause. -ENOENT; -ENOTCONN: not mounted; -EALREADY: one is under way; -EBUSY, -EOPNOTSUPP. */
+struct mounts_restarted {
+    pid_t old_pid, pid;
+};
+int mounts_restart_server(struct plugin_volume *v, struct mounts_restarted *ret, struct why *why);
+
 /* Opens the backing files; v->op_lock held. With the lock on `log` that its server holds as long as it lives, so
  * that two never run (waits 10 s for it). */
 int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why);

@@ -40,7 +40,7 @@ static struct plugin_volume *insert(const char *name)
 
     snprintf(v->name, sizeof(v->name), "%s", name);
     pthread_mutex_init(&v->op_lock, NULL);
-    v->fuse_fd = -1;
+    v->fuse_fd = v->page_fd = -1;
     v->rules = json_array();
     while (*p && strcmp((*p)->name, name) < 0)
         p = &(*p)->next;
@@ -271,6 +271,18 @@ static json_t *holder_json(const struct holder *h)
                      "engine", process_json(&h->engine), "refs", refs);
 }
 
+/* What another server of the mount needs; null where none can take over. */
+static json_t *init_json(const struct plugin_volume *v)
+{
+    char init[2 * sizeof(v->init) + 1], id[2 * sizeof(v->mount_id) + 1];
+
+    if (!v->has_init || v->mount == MOUNT_IDLE)
+        return json_null();
+    hex_encode((const uint8_t *)&v->init, sizeof(v->init), init);
+    hex_encode((const uint8_t *)&v->mount_id, sizeof(v->mount_id), id);
+    return json_pack("{s:s, s:s}", "init", init, "mount_id", id);
+}
+
 static json_t *volume_json(const struct plugin_volume *v)
 {
     char id[2 * VOLUME_ID_BYTES + 1];
@@ -279,14 +291,15 @@ static json_t *volume_json(const struct plugin_volume *v)
     hex_encode(v->id, sizeof(v->id), id);
     for (size_t i = 0; i < v->nholders; i++)
         json_array_append_new(holders, holder_json(&v->holders[i]));
-    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:b, s:I, s:o, s:O, s:o, s:b, s:o}",
+    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:b, s:I, s:o, s:O, s:o, s:b, s:o, s:o}",
                      "name", v->name, "id", id, "created_ns", (json_int_t)v->created_ns, "size",
                      (json_int_t)v->params.size_limit, "block", (json_int_t)v->params.block_size, "profile",
                      (json_int_t)v->params.profile, "log_segment", (json_int_t)v->params.log_segment, "root_mode",
                      (json_int_t)v->params.root_mode, "root_uid", (json_int_t)v->params.root_uid, "root_gid",
                      (json_int_t)v->params.root_gid, "strict", (int)v->strict, "attached", (int)v->attached, "kind",
                      (json_int_t)v->kind, "spec", spec_json(&v->spec), "rules", v->rules, "server",
-                     process_json(&v->server), "mounted", (int)(v->mount != MOUNT_IDLE), "holders", holders);
+                     process_json(&v->server), "mounted", (int)(v->mount != MOUNT_IDLE), "takeover", init_json(v),
+                     "holders", holders);
 }
 
 char *registry_dump(void)
@@ -447,6 +460,20 @@ static bool get_holders(struct plugin_volume *v, const json_t *o)
     return true;
 }
 
+/* Absent (an older cofferd's file), or null: none can take over. */
+static bool get_init(struct plugin_volume *v, const json_t *o)
+{
+    json_t *t = json_object_get(o, "takeover");
+    const char *init = json_string_value(json_object_get(t, "init"));
+    const char *id = json_string_value(json_object_get(t, "mount_id"));
+
+    if (!t || json_is_null(t))
+        return true;
+    v->has_init = init && id && hex_decode(init, (uint8_t *)&v->init, sizeof(v->init)) == 0 &&
+                  hex_decode(id, (uint8_t *)&v->mount_id, sizeof(v->mount_id)) == 0;
+    return v->has_init;
+}
+
 static bool get_volume(const json_t *o, bool same_boot)
 {
     json_t *name = json_object_get(o, "name"), *id = json_object_get(o, "id"), *rules = json_object_get(o, "rules");
@@ -476,7 +503,7 @@ static bool get_volume(const json_t *o, bool same_boot)
         return true;
     if (mounted)
         v->mount = MOUNT_FAILED; /* until mounts_adopt() has looked */
-    return get_process(o, "server", &v->server) && get_holders(v, o);
+    return get_process(o, "server", &v->server) && get_init(v, o) && get_holders(v, o);
 }
 
 int registry_parse(const char *text, size_t n, struct why *why)

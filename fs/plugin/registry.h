@@ -46,16 +46,17 @@ enum mount_state {
 struct plugin_volume {
     char name[AGENT_NAME_MAX];
     pthread_mutex_t op_lock;
-    int fuse_fd;             /* (op_lock) the mount's /dev/fuse, or -1 */
-    bool has_init;           /* (op_lock) init is known: another server can take over from one that died */
-    struct server_init init; /* (op_lock) */
-    uint64_t mount_id;       /* (op_lock) random, of the mount */
-    int64_t death_ns[5];     /* (op_lock) mono_ns of its last servers' deaths, the oldest first; 0: none */
-    unsigned deaths;         /* (op_lock) of mounts with their servers, one soon after the other */
-    int64_t started_ns;      /* (op_lock) mono_ns of the last server's start */
-    int64_t engine_dead_ns;  /* (op_lock) since when a holder's engine is seen dead, mono_ns, or 0 */
-    unsigned refs;           /* (R) */
-    bool listed;             /* (R) it exists; otherwise being made, or gone */
+    int fuse_fd;   /* (op_lock) the mount's /dev/fuse, or -1 */
+    int page_fd;   /* (op_lock) the mount's struct server_page, or -1 */
+    bool has_init; /* (op_lock and R, as what follows) init is known: another server can take over */
+    struct server_init init;
+    uint64_t mount_id;      /* random, of the mount */
+    int64_t death_ns[5];    /* (op_lock) mono_ns of its last servers' deaths, the oldest first; 0: none */
+    unsigned deaths;        /* (op_lock) of mounts with their servers, one soon after the other */
+    int64_t started_ns;     /* (op_lock) mono_ns of the last server's start */
+    int64_t engine_dead_ns; /* (op_lock) since when a holder's engine is seen dead, mono_ns, or 0 */
+    unsigned refs;          /* (R) */
+    bool listed;            /* (R) it exists; otherwise being made, or gone */
     /* Set before listed, then only read: */
     uint8_t id[VOLUME_ID_BYTES];
     struct volume_params params;
@@ -70,6 +71,7 @@ struct plugin_volume {
     enum mount_state mount;
     struct fsproc *fs;     /* with a reference; not NULL while SERVING, LINGERING, STOPPING */
     struct process server; /* of fs, for the state file */
+    bool restarting;       /* its server is being changed as the operator asked */
     bool unlocked;         /* as fs last said */
     struct plugin_volume *next;
 };

@@ -8,6 +8,7 @@
  */
 #include "spawn.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <grp.h>
 #include <poll.h>
@@ -156,6 +157,67 @@ int spawn_wait_end(int pidfd, int ms)
         if (errno != EINTR)
             return -errno;
     }
+}
+
+int spawn_fetch_fd(int pidfd, int fd)
+{
+    int got = (int)syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+
+    return got < 0 ? -errno : got;
+}
+
+/* A small file of a thread. False: it cannot be read. */
+static bool read_task(pid_t pid, const char *tid, const char *name, char *buf, size_t n)
+{
+    char path[96];
+    ssize_t got;
+    int fd;
+
+    snprintf(path, sizeof(path), "/proc/%d/task/%.16s/%s", (int)pid, tid, name);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    got = fd < 0 ? -1 : read_upto(fd, buf, n - 1);
+    close_quiet(fd);
+    buf[MAX(got, 0)] = 0;
+    return got > 0;
+}
+
+#define PF_EXITING 0x4 /* linux/sched.h: it is past its last system call */
+
+static bool task_only_writes(pid_t pid, const char *tid, int fd)
+{
+    unsigned long flags, pending, at;
+    char buf[2048], state, *s;
+    long call;
+
+    if (!read_task(pid, tid, "stat", buf, sizeof(buf)) || !(s = strrchr(buf, ')')) ||
+        sscanf(s, ") %c %*d %*d %*d %*d %*d %lu", &state, &flags) != 2)
+        return false;
+    if (state == 'Z' || state == 'X' || (flags & PF_EXITING))
+        return true;
+    if (!read_task(pid, tid, "status", buf, sizeof(buf)) || !(s = strstr(buf, "\nSigPnd:")) ||
+        sscanf(s, "\nSigPnd: %lx", &pending) != 1 || !(pending & 1ul << (SIGKILL - 1)))
+        return false;
+    return read_task(pid, tid, "syscall", buf, sizeof(buf)) && sscanf(buf, "%ld 0x%lx", &call, &at) == 2 &&
+           (call == SYS_write || call == SYS_writev) && at == (unsigned long)fd;
+}
+
+bool spawn_only_writes(const struct process *p, int fd)
+{
+    struct dirent *d;
+    bool only = true;
+    char path[64];
+    DIR *list;
+
+    if (p->pid == 0 || process_alive(p))
+        return false;
+    snprintf(path, sizeof(path), "/proc/%d/task", (int)p->pid);
+    list = opendir(path);
+    if (!list)
+        return false;
+    while (only && (d = readdir(list)))
+        only = d->d_name[0] == '.' || task_only_writes(p->pid, d->d_name, fd);
+    closedir(list);
+    return only;
 }
 
 void spawn_signal(int pidfd, int sig)

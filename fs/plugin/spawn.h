@@ -5,7 +5,7 @@
 
 #include "common.h"
 
-#define SPAWN_FDS_MAX 8
+#define SPAWN_FDS_MAX 10
 
 struct spawn {
     const char *program;     /* beside our own executable */
@@ -24,6 +24,14 @@ int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pid
 int spawn_reap(int pidfd);
 /* Waits until the process of pidfd has ended, ms < 0: for ever. 0 or -ETIMEDOUT. */
 int spawn_wait_end(int pidfd, int ms);
+/* A duplicate of the process's descriptor fd, the caller's; -errno (-EPERM without CAP_SYS_PTRACE). Who answers for the
+ * process must check what it is. */
+int spawn_fetch_fd(int pidfd, int fd);
+/*
+ * True when the process was killed and does not end, but will never do anything any more: its first thread has ended, and each
+ * other one has, or is ending, or is in a write to its descriptor fd, with a SIGKILL that it takes before it returns from there.
+ */
+bool spawn_only_writes(const struct process *p, int fd);
 /* Sends a signal. */
 void spawn_signal(int pidfd, int sig);
 

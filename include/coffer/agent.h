@@ -60,6 +60,10 @@ enum agent_type {
                             agent_seen_done */
     AGENT_FS_GRANT,        /* volume: keyd -> coffer-fs: struct agent_grant, one that lives; comes before the verdict on
                             AGENT_AUTH_RESUME */
+    AGENT_FS_UNLOCKED, /* volume (SERVE): keyd -> coffer-fs: struct agent_unlocked: the keystore is open; when the channel
+                            is bound, else when it is unlocked */
+    AGENT_FS_RENEW, /* volume (SERVE): struct agent_renew -> AGENT_FS_AUTH as if the thread had asked, but its grant has
+                            that number (and is a new one, which ends by itself) */
 };
 
 struct agent_reply {
@@ -193,7 +197,8 @@ enum agent_auth_flags {
     AGENT_AUTH_MAINTENANCE = 1 << 3, /* purposes FORMAT and CHECK: no calling process; tid 0 */
     AGENT_AUTH_RESUME =
         1 << 4, /* purpose SERVE, tid 0: the mount's last server died. Each live grant of the volume comes as
-                                   AGENT_FS_GRANT, then an ALLOW without one; -EACCES where none lives */
+                                   AGENT_FS_GRANT, then an ALLOW without one; -EACCES where none lives, -ENOKEY while the
+                                   keystore is locked */
 };
 
 struct agent_auth {
@@ -234,6 +239,21 @@ struct agent_verdict {
 
 struct agent_grant {
     uint64_t grant;
+};
+
+struct agent_unlocked {
+    uint64_t agent; /* random, of this coffer-keyd process: grants live as long as it does */
+};
+
+/*
+ * A grant of an agent that has ended, which handles carry, and a thread that it was given to: that thread is decided upon
+ * anew. Whose pidfd has another inode number is another thread (Linux 6.9: before, none can be told from another).
+ */
+struct agent_renew {
+    uint64_t grant; /* not 0, not UINT64_MAX */
+    uint64_t pidfd_ino;
+    int32_t tid;
+    uint32_t write; /* 1: it was not read-only: it shall not be now */
 };
 
 #endif

@@ -2,7 +2,7 @@
  * server.h - between cofferd and the coffer-fs processes it starts, over msg.h packets on a socketpair (the control
  * channel), and how coffer-fs is started:
  *
- *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX] [--strict] [--profile database]
+ *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX --patience MS] [--strict] [--profile database]
  *   coffer-fs format|check|repair|resize|export|import NAME ...
  *
  * with the descriptors below at fixed numbers, everything else closed, as its own user without any capability and with
@@ -20,10 +20,12 @@ enum server_fd {
     SERVER_FD_AGENT = 4,   /* the volume channel (agent.h) */
     SERVER_FD_DATA = 5,    /* the backing files, open read-write */
     SERVER_FD_LOG = 6,
-    SERVER_FD_FUSE = 7,   /* /dev/fuse, mounted by cofferd; only for serve */
-    SERVER_FD_DIRECT = 8, /* `data` again, O_DIRECT; only for serve, and only where its filesystem can */
-    SERVER_FD_SECRET = 7, /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
-    SERVER_FD_STREAM = 8, /* for export and import: where the stream goes to, or comes from */
+    SERVER_FD_FUSE = 7,    /* /dev/fuse, mounted by cofferd; only for serve, as what follows */
+    SERVER_FD_PAGE = 8,    /* struct server_page */
+    SERVER_FD_PEER = 9,    /* cofferd's end of the control channel: not to be used, only kept for the next cofferd */
+    SERVER_FD_DIRECT = 10, /* `data` again, O_DIRECT; only where its filesystem can */
+    SERVER_FD_SECRET = 7,  /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
+    SERVER_FD_STREAM = 8,  /* for export and import: where the stream goes to, or comes from */
 };
 
 enum server_type {
@@ -42,15 +44,57 @@ enum server_type {
     SERVER_REPLY,    /* struct agent_reply */
     SERVER_PROGRESS, /* struct server_progress, of a task or of a run to its end */
     SERVER_NOTE,     /* coffer-fs -> cofferd: struct agent_reply; the end of a scrub, for the audit log */
+    SERVER_HANDOVER, /* cofferd -> coffer-fs: another server stands ready: checkpoint, read no more requests, finish those that
+                        were read, close the volume, exit; the mount goes on. No body */
+    SERVER_GO, /* cofferd -> coffer-fs, to one with --takeover: the last server has ended, go on with its mount. The
+                        second one is ignored. No body */
 };
 
 /*
  * The kernel's FUSE_INIT with the flags that were agreed on, which --takeover tells the next server of the same mount when
- * this one has died: the kernel sends no other. --mount-id is one number for all servers of a mount.
+ * this one has ended: the kernel sends no other. --mount-id is one number for all servers of a mount. One with --takeover is
+ * SERVER_READY as soon as it can go on, and waits for SERVER_GO: so a planned change is begun only when the next server stands.
+ * Where the keystore is locked it waits for it, up to --patience, before it has the kernel send its requests again.
+ *
+ * A cofferd that ends takes nothing along: coffer-fs holds, besides its own, cofferd's end of the control channel, and
+ * the next cofferd fetches that, the mount's descriptor and the page with pidfd_getfd(2) from the process that the state
+ * file names. What was not read stays in the channel.
  */
 struct server_init {
     uint32_t major, minor, max_readahead, flags, flags2, unused[11];
 };
+
+/*
+ * What a server leaves to the next one of the same mount: a sealed memfd (its size is fixed) that cofferd keeps and does not
+ * read. Only one server at a time writes it, and it may die at every instant: inode[] holds at least what it must. Who
+ * reads it bounds every number: the last server may have been taken over.
+ */
+#define SERVER_PAGE_INODES (1u << 20)
+
+struct server_page_head {
+    uint32_t version; /* SERVER_PAGE_VERSION; 0: nothing was written yet */
+    uint32_t all;     /* not 0: inode[] does not hold all (there was no room, or it is not known) */
+    uint32_t inodes;  /* used places of inode[] */
+    uint32_t open;    /* not 0: the volume was open */
+    uint32_t reserved[1020];
+};
+
+/* A thread that was given a grant, in case that the agent ends with the server: struct agent_renew asks for it. */
+struct server_witness {
+    uint64_t grant; /* 0: none here */
+    uint64_t agent; /* that gave it (struct agent_unlocked) */
+    uint64_t pidfd_ino;
+    int32_t tid;
+    uint32_t write;
+};
+#define SERVER_PAGE_WITNESSES 1024
+
+struct server_page {
+    struct server_page_head head;
+    struct server_witness witness[SERVER_PAGE_WITNESSES];
+    uint64_t inode[SERVER_PAGE_INODES]; /* whose content the kernel may have in its cache */
+};
+#define SERVER_PAGE_VERSION 1u
 
 enum server_task_kind {
     TASK_CHECK = 1, /* value: 1 reads all content too */

@@ -23,7 +23,7 @@ import time
 
 (REPLY, STATUS, INIT, UNLOCK, LOCK, VOLUME_ADD, VOLUME_GET, VOLUME_LIST, VOLUME_STATE, VOLUME_SIZE, VOLUME_RM, RULE_ADD,
  RULE_RM, RULE_GET, BIND, ENGINE, WHY, NOTE, BROKER, FACTS, FS_AUTH, FS_LOCKED, FS_GRANT_END, FS_LOCK, ACCEPT_ROLLBACK,
- FS_SEEN) = range(1, 27)
+ FS_SEEN, FS_GRANT, FS_UNLOCKED, FS_RENEW) = range(1, 30)
 WANT_KEY, PROBE, WRITE, MAINTENANCE = 1, 2, 4, 8
 DENY, ALLOW, PLACEHOLDER = 0, 1, 2
 NEW, FRESH, USED = 0, 1, 2
@@ -67,6 +67,7 @@ Verdict = struct_of("Verdict", ("err", C.c_int32), ("kind", C.c_uint32), ("grant
                     ("accept", C.c_uint32), ("seen", Seen))
 SeenDone = struct_of("SeenDone", ("err", C.c_int32), ("reserved", C.c_uint32))
 Grant = struct_of("Grant", ("grant", C.c_uint64))
+Renew = struct_of("Renew", ("grant", C.c_uint64), ("pidfd_ino", C.c_uint64), ("tid", C.c_int32), ("write", C.c_uint32))
 
 
 class Closed(Exception):
@@ -80,6 +81,7 @@ class Chan:
         self.sock = sock
         self.id = 0
         self.early = []
+        self.unlocked = 0  # as the agent has said by itself: which agent it is
 
     def send(self, kind, body=b"", fds=(), id=None, length=None, flags=0):
         if id is None:
@@ -104,6 +106,9 @@ class Chan:
             raise Closed()
         kind, _, length, id = struct.unpack("=HHIQ", data[:16])
         assert length == len(data) - 16, "a packet with a wrong length"
+        if kind == FS_UNLOCKED:
+            self.unlocked, = struct.unpack("=Q", data[16:])
+            return self.recv(timeout)
         fds = array.array("i")
         for level, typ, d in anc:
             if level == socket.SOL_SOCKET and typ == socket.SCM_RIGHTS:
@@ -617,6 +622,9 @@ def test_malformed(k):
     volume_breach("auth flags", FS_AUTH, Auth(tid=1, flags=32))
     volume_breach("auth with a descriptor", FS_AUTH, Auth(tid=1), [0])
     volume_breach("locked with a body", FS_LOCKED, b"x")
+    volume_breach("renewal of no grant", FS_RENEW, Renew(tid=os.getpid()))
+    volume_breach("renewal of the placeholder", FS_RENEW, Renew(grant=2**64 - 1, tid=os.getpid()))
+    volume_breach("renewal, write neither", FS_RENEW, Renew(grant=1, tid=os.getpid(), write=2))
     c = k.connect()
     c.call(BROKER)
     c.send(FACTS, Facts(err=1), id=5)
@@ -842,6 +850,34 @@ def test_engine_says(k, cg, eng, vol, a):
     check(denied(auth(vol, b)), "... and nobody new gets in")
 
 
+def pidfd_ino(pid):
+    fd = os.pidfd_open(pid)
+    ino = os.fstat(fd).st_ino
+    os.close(fd)
+    return ino
+
+
+def renew(chan, grant, tid, ino, write=1):
+    kind, data, fds = chan.call(FS_RENEW, Renew(grant=grant, pidfd_ino=ino, tid=tid, write=write))
+    assert kind == FS_AUTH
+    for fd in fds:
+        os.close(fd)
+    return Verdict.from_buffer_copy(data)
+
+
+def test_renew(k, vol, user, user2, other, grant):
+    """A grant of an agent that has ended, by its number and a thread that had it."""
+    check(vol.unlocked != 0, "the agent says that it is open, and which it is")
+    v = renew(vol, 4711, user, pidfd_ino(user))
+    check(allowed(v) and v.grant == 4711 and not v.has_key, "a thread that is allowed gets the grant of that number")
+    check(denied(renew(vol, 4711, user2, pidfd_ino(user2))), "... once")
+    check(denied(renew(vol, grant, user2, pidfd_ino(user2))), "nor is a number given that is another grant's")
+    check(denied(renew(vol, 4712, user2, pidfd_ino(user))), "another thread with the number of the one that had it gets none")
+    check(denied(renew(vol, 4713, other, pidfd_ino(other))), "a thread that no rule allows gets none")
+    check(denied(renew(vol, 4714, 0, 1)), "nor does nobody")
+    check(auth(vol, user2).grant in (grant, 4711), "who asks without a number gets one of those that live")
+
+
 def test_local(k, cg):
     check(k.add_volume("local", attached=0) == 0 and k.rule(RULE_ADD, "local", "uid:1234") == 0, "a local volume")
     vol = k.bind("local")
@@ -857,6 +893,7 @@ def test_local(k, cg):
     cg.make("x/" + X)
     shaped = cg.spawn("x/" + X, pid_ns=False, uid=1234)
     check(denied(auth(vol, shaped)), "nor in a cgroup shaped like a container")
+    test_renew(k, vol, user, user2, other, v.grant)
     check(Volume.from_buffer_copy(k.call(VOLUME_GET, Name(name=b"local"))[1]).state == USED, "a local user uses it")
     dockerd = cg.spawn(None, pid_ns=False)
     pidfd = os.pidfd_open(dockerd)

@@ -125,7 +125,7 @@ for t in threads:
     t.start()
 for t in threads:
     t.join()
-print(" ".join(f"{k} {v}" for k, v in counts.items()), f"longest pause {max(slowest.values()):.1f} s")
+print(" ".join(f"{k} {v}" for k, v in counts.items()), f"longest pause {max(slowest.values()) * 1000:.0f} ms")
 for f in failures:
     print(f)
 sys.exit(1 if failures else 0)
