@@ -11,6 +11,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <sodium.h>
 #include <stdlib.h>
@@ -141,6 +142,9 @@ static void answer_stat(uint64_t id)
     control_stat(id, &st);
 }
 
+/* The device is read: who reads it sees its end. */
+static atomic_bool reading;
+
 /* Not main: orders are heard meanwhile. */
 static void *take_over(void *arg)
 {
@@ -153,6 +157,7 @@ static void *take_over(void *arg)
     rc = loop_resend();
     if (rc == 0)
         rc = loop_start(on_end);
+    reading = rc == 0;
     if (rc < 0) {
         log_err("volume %s: cannot take over: %s", mount_config.name, strerror(-rc));
         on_end();
@@ -174,11 +179,11 @@ static void go_on(void)
     }
 }
 
-/* The next order; one that waits for its turn ends with the mount. */
+/* The next order; one that waits for its turn ends with the mount. (Who polls the device is woken by each request.) */
 static int next_order(struct msg_head *head, void *body, size_t n, int *fds, int *nfds)
 {
     static bool gone;
-    struct pollfd p[2] = {{.fd = SERVER_FD_CONTROL, .events = POLLIN}, {.fd = gone ? -1 : SERVER_FD_FUSE}};
+    struct pollfd p[2] = {{.fd = SERVER_FD_CONTROL, .events = POLLIN}, {.fd = gone || reading ? -1 : SERVER_FD_FUSE}};
 
     if (poll(p, 2, -1) < 0)
         return -EAGAIN;
@@ -252,6 +257,7 @@ static int serve(void)
         control_failed("serving the mount cannot start: %s", strerror(-rc));
         return 1;
     }
+    reading = !mount_config.takeover;
     control_ready(init);
     serve_control();
     return 0;

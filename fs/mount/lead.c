@@ -2,7 +2,7 @@
  * lead.c - which of the threads reads the device.
  *
  * One leads: it reads, and serves most requests itself, since waking another thread costs more than they do. The others
- * sleep. Before what surely blocks the lead is passed on. What only seldom blocks (a change of names that has to wait for a
+ * sleep. Before what surely blocks, and before a wait for the disk, the lead is passed on. What only seldom blocks (a change of names that has to wait for a
  * checkpoint, say) is watched: a thread that looks every WATCH_NS takes the lead away from who has been in one request
  * for so long, and gives it to the next. While no requests come, the watch sleeps, too.
  *
@@ -22,7 +22,7 @@
 #define IDLE_LOOKS 20
 
 static _Atomic unsigned leader; /* 0: nobody, and `vacant` was posted */
-static _Atomic uint64_t turn;   /* odd while the leader is in a request */
+static _Atomic uint64_t turn;   /* odd while the leader is in a request; only the leader changes it */
 static _Atomic bool watch_asleep;
 static sem_t vacant, watch_wake;
 
@@ -50,20 +50,24 @@ void lead_wait(unsigned self)
 
 void lead_pass(unsigned self)
 {
+    if (leader == self && turn & 1)
+        turn++;
     vacate(self);
 }
 
 void lead_serving(void)
 {
-    turn++;
+    turn += 1 + (turn & 1); /* odd already: the one before was deprived */
     if (watch_asleep && atomic_exchange(&watch_asleep, false))
         sem_post(&watch_wake);
 }
 
 bool lead_served(unsigned self)
 {
+    if (leader != self)
+        return false;
     turn++;
-    return leader == self;
+    return true;
 }
 
 static void *watch(void *arg)

@@ -8,11 +8,11 @@
 int lead_start(void);
 /* Sleeps until this thread leads. */
 void lead_wait(unsigned self);
-/* Before something that may block, and at the thread's end: another one leads from now on. */
+/* Before something that may block, also in a request, and at the thread's end: another one leads from now on. */
 void lead_pass(unsigned self);
 /* Around a request that the leader serves itself. */
 void lead_serving(void);
-/* False: it took so long that another thread leads. */
+/* False: it took so long, or lead_pass was called, that another thread leads. */
 bool lead_served(unsigned self);
 
 #endif

@@ -12,11 +12,13 @@
  */
 #include "mount.h"
 
+#include "coffer/store.h"
 #include "lead.h"
 
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -37,6 +39,11 @@ struct in_header {
 };
 _Static_assert(sizeof(struct in_header) == 40, "fuse_in_header");
 
+struct in_read {
+    uint64_t fh, offset;
+    uint32_t size;
+};
+
 struct in_write {
     uint64_t fh, offset;
     uint32_t size, write_flags;
@@ -52,6 +59,7 @@ struct in_open {
 
 #define OPCODE_SETATTR 4
 #define OPCODE_OPEN    14
+#define OPCODE_READ    15
 #define OPCODE_WRITE   16
 #define OPCODE_INIT    26
 #define OPCODE_CREATE  35
@@ -190,26 +198,42 @@ static ssize_t next_request(uint8_t *in, bool spin)
         n = atomic_load(&stopping) ? -ESHUTDOWN : atomic_load(&ended) ? -ENODEV : read_one(in);
         if (n != 0)
             return n;
-        if (mono_ns() >= until && poll(p, 2, -1) < 0 && errno != EINTR)
+        if (mono_ns() < until)
+            sched_yield(); /* to whom the disk has answered: it would wait for our slice to end */
+        else if (poll(p, 2, -1) < 0 && errno != EINTR)
             return -errno;
     }
 }
 
-/* FORGET, WRITE, STATFS, RELEASE, FLUSH, RELEASEDIR, INTERRUPT, BATCH_FORGET: decided when the handle was opened, or the
+/* FORGET, READ, WRITE, STATFS, RELEASE, FLUSH, RELEASEDIR, INTERRUPT, BATCH_FORGET: decided when the handle was opened, or the
  * kernel's own. */
-#define BY_HANDLE (BIT(2) | BIT(16) | BIT(17) | BIT(18) | BIT(25) | BIT(29) | BIT(36) | BIT(42))
-/* READ, FSYNC, FSYNCDIR, FALLOCATE, COPY_FILE_RANGE, SYNCFS: they wait for the disk. */
-#define BLOCKING  (BIT(15) | BIT(20) | BIT(30) | BIT(43) | BIT(47) | BIT(50))
+#define BY_HANDLE (BIT(2) | BIT(15) | BIT(16) | BIT(17) | BIT(18) | BIT(25) | BIT(29) | BIT(36) | BIT(42))
+/* FSYNC, FSYNCDIR, FALLOCATE, COPY_FILE_RANGE, SYNCFS: they wait for the disk. */
+#define BLOCKING  (BIT(20) | BIT(30) | BIT(43) | BIT(47) | BIT(50))
 #define BIT(n)    (1ull << (n))
 
-/* A small write goes into memory. */
+/* A small write goes into memory, a small read comes from there or the lead is passed on; large ones are for two cores. */
 #define SMALL_WRITE (40u << 10)
+#define SMALL_READ  (32u << 10)
+
+static _Thread_local unsigned thread;
+
+static void pass_lead(void)
+{
+    lead_pass(thread);
+}
 
 static bool served_by_leader(const uint8_t *in, size_t n)
 {
     struct in_header h;
+    struct in_read r;
 
     memcpy(&h, in, sizeof(h));
+    if (h.opcode == OPCODE_READ && n >= sizeof(h) + sizeof(r)) {
+        memcpy(&r, in + sizeof(h), sizeof(r));
+        if (r.size > SMALL_READ)
+            return false;
+    }
     if (h.opcode >= 64 || (BLOCKING & BIT(h.opcode)) || n > SMALL_WRITE)
         return false;
     return adapter_ready((pid_t)h.pid, h.uid, BY_HANDLE & BIT(h.opcode));
@@ -222,6 +246,7 @@ static void *serve(void *arg)
     ssize_t n = 0;
 
     request.out = NULL;
+    thread = self;
     if (posix_memalign((void **)&in, 4096, IN_BYTES) || posix_memalign((void **)&request.out, 4096, MOUNT_IO_MAX))
         abort();
     while (n >= 0) {
@@ -233,7 +258,9 @@ static void *serve(void *arg)
             lead = n > 0 && served_by_leader(in, (size_t)n);
             if (lead) {
                 lead_serving();
+                store_before_wait = pass_lead;
                 process(in, (size_t)n);
+                store_before_wait = NULL;
                 lead = lead_served(self);
                 n = 0;
             }

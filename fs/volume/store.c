@@ -37,9 +37,34 @@ static void advance(struct iovec **iov, int *niov, size_t n)
     }
 }
 
+_Thread_local void (*store_before_wait)(void);
+
+static void before_wait(void)
+{
+    void (*f)(void) = store_before_wait;
+
+    store_before_wait = NULL;
+    if (f)
+        f();
+}
+
+/* Reads what the page cache has: all (then true), or the iovecs and *off stand where it ends. */
+static bool read_cached(int fd, struct iovec **iov, int *niov, uint64_t *off)
+{
+    ssize_t r;
+
+    while (*niov && (r = preadv2(fd, *iov, MIN(*niov, IOV_MAX), (off_t)*off, RWF_NOWAIT)) > 0) {
+        *off += (uint64_t)r;
+        advance(iov, niov, (size_t)r);
+    }
+    return *niov == 0;
+}
+
 static int transfer(int fd, bool writing, struct iovec *iov, int niov, uint64_t off)
 {
     advance(&iov, &niov, 0);
+    if (store_before_wait && !writing && !read_cached(fd, &iov, &niov, &off))
+        before_wait();
     while (niov) {
         int k = MIN(niov, IOV_MAX);
         ssize_t r = writing ? pwritev(fd, iov, k, (off_t)off) : preadv(fd, iov, k, (off_t)off);
@@ -77,6 +102,7 @@ static int transfer_any(struct store *s, bool writing, struct iovec *iov, int ni
 
     if (direct < 0 || niov > DIRECT_IOV || !fits_direct(iov, niov, off))
         return transfer(f->fd, writing, iov, niov, off);
+    before_wait();
     memcpy(copy, iov, (size_t)niov * sizeof(*iov));
     rc = transfer(direct, writing, copy, niov, off);
     return rc == -EINVAL ? transfer(f->fd, writing, iov, niov, off) : rc;

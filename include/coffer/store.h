@@ -51,4 +51,10 @@ struct store {
 #define STORE_ALIGN 4096
 struct store *store_fd_take(int fd, int direct);
 
+/*
+ * What a thread wants done before it waits for the disk in a readv of such a store: called once, then forgotten. With it
+ * what the page cache has is read first, without waiting; for what it has not, the kernel has begun to read by then.
+ */
+extern _Thread_local void (*store_before_wait)(void);
+
 #endif
