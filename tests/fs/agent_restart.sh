@@ -83,9 +83,10 @@ work_end
 step "what was taken back is not given again: a rule that denies, then both die"
 work_start
 coffer policy deny t uid:0 >/dev/null || fail "policy deny"
-refused_now() { grep -q 'round.*Key has been revoked' "$T/out"; }
-wait_for 10 refused_now
+broken_off() { gone $work; }
+wait_for 10 broken_off
 wait $work && fail "no error after a rule denies"
+grep -q 'round.*Key has been revoked' "$T/out" || fail "after a rule denies: $(tail -n 1 "$T/out")"
 coffer policy remove t deny uid:0 >/dev/null || fail "policy remove"
 work_start
 kill_now "$agent"
