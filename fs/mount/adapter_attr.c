@@ -68,7 +68,7 @@ int adapter_kill_suidgid(struct volume *v, uint64_t ino)
     struct vattr attr;
     int rc = vol_getattr(v, ino, &attr);
 
-    if (rc < 0 || !S_ISREG(attr.mode) || !(attr.mode & (S_ISUID | S_ISGID)))
+    if (rc < 0 || S_ISDIR(attr.mode) || !(attr.mode & (S_ISUID | S_ISGID)))
         return rc;
     attr.mode &= ~(uint32_t)S_ISUID;
     if (attr.mode & S_IXGRP)

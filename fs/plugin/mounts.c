@@ -286,7 +286,7 @@ static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
         goto out;
     }
     snprintf(options, sizeof(options),
-             "fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read=1048576", fd);
+             "fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read=262144", fd);
     if (mount("coffer", path, "fuse.coffer", MS_NOSUID | MS_NODEV, options) < 0) {
         rc = why_set(why, -errno, "cannot mount %s: %s", path, strerror(errno));
         goto out;

@@ -734,6 +734,14 @@ static void g_chown(void)
         }
     }
     in("%s", "");
+    E(0, mkfifo("fifo", 0644));
+    E(0, chown("fifo", U1, U1));
+    E(0, chmod("fifo", 06755));
+    AS(U1, U1)
+    {
+        E(0, chown("fifo", (uid_t)-1, GX));
+        MODE(0755, mode_of("fifo"));
+    }
     put_dir("d", U1, U1, 06775);
     E(0, chown("d", U2, U2));
     MODE(06775, mode_of("d"));
