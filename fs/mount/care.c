@@ -392,8 +392,8 @@ int care_run(const char *verb, const struct care_args *args)
         return -EINVAL;
     if (maintenance_key(&j.key, &j.volume) < 0)
         return 1;
-    j.data = store_fd_take(SERVER_FD_DATA, -1);
-    j.log = store_fd_take(SERVER_FD_LOG, -1);
+    j.data = store_fd_take(SERVER_FD_DATA);
+    j.log = store_fd_take(SERVER_FD_LOG);
     rc = run(&j);
     key_free(&j.key);
     if (rc < 0)

@@ -277,15 +277,13 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     struct care_args args = {0};
-    int direct, seals, rc;
+    int seals, rc;
     struct stat st;
 
     if (argc < 3)
         return usage();
     mount_config.name = argv[2];
     /* Before anything else can have this number. */
-    direct = fcntl(SERVER_FD_DIRECT, F_GETFL);
-    mount_config.direct = direct >= 0 && (direct & O_DIRECT);
     seals = fcntl(SERVER_FD_PAGE, F_GET_SEALS);
     mount_config.page = seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(SERVER_FD_PAGE, &st) == 0 &&
                         st.st_size == (off_t)sizeof(struct server_page);

@@ -143,12 +143,11 @@ static void move(enum life_state from, enum life_state to)
 
 /* --- opening --- */
 
-/* direct: the descriptor for transfers past the page cache, or -1. */
-static struct store *store_dup(int fd, int direct)
+static struct store *store_dup(int fd)
 {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 16);
 
-    return copy < 0 ? NULL : store_fd_take(copy, direct < 0 ? -1 : fcntl(direct, F_DUPFD_CLOEXEC, 16));
+    return copy < 0 ? NULL : store_fd_take(copy);
 }
 
 /* The kernel's references of before the locking are the engine's again. */
@@ -173,8 +172,8 @@ static int open_stores(const struct key *key, const struct channel_volume *cv, s
                                .mount_id = mount_config.mount_id,
                                .resumed = mount_config.takeover,
                                .on_checkpoint = channel_seen};
-    struct store *data = store_dup(SERVER_FD_DATA, mount_config.direct ? SERVER_FD_DIRECT : -1);
-    struct store *log = store_dup(SERVER_FD_LOG, -1);
+    struct store *data = store_dup(SERVER_FD_DATA);
+    struct store *log = store_dup(SERVER_FD_LOG);
 
     if (!data || !log) {
         if (data)

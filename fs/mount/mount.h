@@ -34,7 +34,6 @@ struct mount_config {
     const char *name;
     bool database; /* write-through */
     bool strict;   /* attributes are asked for at every use */
-    bool direct;   /* SERVER_FD_DIRECT is there */
     bool page;     /* so is SERVER_FD_PAGE */
     bool takeover; /* another server of this mount ended: init is what it had agreed on with the kernel */
     struct server_init init;

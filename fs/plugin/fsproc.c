@@ -588,9 +588,8 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     take_channel(p, pair[0]);
     p->agent_generation = fds->agent_generation;
     p->log_fd = fcntl(fds->log, F_DUPFD_CLOEXEC, 3);
-    rc = start_process(
-        argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->page, pair[0], fds->direct},
-        fds->direct < 0 ? 7 : 8, &p->process, &p->pidfd, why);
+    rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->page, pair[0]}, 7,
+                       &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0) {
         fsproc_unref(p);

@@ -24,7 +24,6 @@ struct fsproc_owner {
 /* The descriptors that a new server gets; they stay the caller's. */
 struct fsproc_fds {
     int agent, data, log, fuse, page;
-    int direct;                /* or -1 */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
     uint64_t mount_id;
     int patience_ms;                    /* with takeover: how long it may wait for the keystore */

@@ -221,15 +221,6 @@ int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, st
     return rc;
 }
 
-/* The same file for transfers past the page cache; -1 where its filesystem has no such thing. */
-static int open_direct(int data)
-{
-    char path[64];
-
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", data);
-    return open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
-}
-
 /* --- the FUSE mount --- */
 
 /*
@@ -592,12 +583,8 @@ static int patience_ms(const struct plugin_volume *v)
  * ready, then ends; or NULL. An error leaves old as it is, or ended and the mount FAILED. */
 static int server_start(struct plugin_volume *v, struct fsproc *old, struct why *why)
 {
-    struct fsproc_fds fds = {.agent = -1,
-                             .data = -1,
-                             .log = -1,
-                             .direct = -1,
-                             .agent_generation = supervisor_generation(),
-                             .patience_ms = patience_ms(v)};
+    struct fsproc_fds fds = {
+        .agent = -1, .data = -1, .log = -1, .agent_generation = supervisor_generation(), .patience_ms = patience_ms(v)};
     bool takeover = v->fuse_fd >= 0;
     struct plugin_volume *ref = NULL;
     struct server_init init;
@@ -606,8 +593,6 @@ static int server_start(struct plugin_volume *v, struct fsproc *old, struct why 
     int rc;
 
     rc = old ? open_files(v, &fds.data, &fds.log, why) : mounts_open_backing(v, &fds.data, &fds.log, why);
-    if (rc == 0)
-        fds.direct = open_direct(fds.data);
     if (rc == 0 && !takeover) {
         randombytes_buf(&v->mount_id, sizeof(v->mount_id));
         rc = fuse_mount(v, &v->fuse_fd, why);
@@ -658,7 +643,6 @@ out:
     registry_unref(ref);
     close_quiet(fds.agent);
     close_quiet(fds.data);
-    close_quiet(fds.direct);
     close_quiet(fds.log);
     return rc;
 }

@@ -106,7 +106,7 @@ static inline pthread_rwlock_t *inode_lock(struct volume *v, uint64_t ino)
     return &v->stripes[(ino * 0x9e3779b97f4a7c15ull) >> 56];
 }
 
-/* IO_BUFFER_BYTES, aligned to STORE_ALIGN, with EXTENT_SLACK_* around; put takes it back (NULL: nothing). */
+/* IO_BUFFER_BYTES, aligned to UNIT_BYTES, with EXTENT_SLACK_* around; put takes it back (NULL: nothing). */
 uint8_t *io_buffer_get(struct volume *v);
 void io_buffer_put(struct volume *v, uint8_t *buffer);
 

@@ -10,13 +10,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define DIRECT_IOV 4
-#define DIRECT_MIN (64u << 10) /* bytes; smaller transfers are better off with the page cache */
-
 struct fd_store {
     struct store store;
     int fd;
-    int direct; /* the same file, O_DIRECT; -1: none */
 };
 
 static int fd_of(struct store *s)
@@ -79,43 +75,14 @@ static int transfer(int fd, bool writing, struct iovec *iov, int niov, uint64_t 
     return 0;
 }
 
-static bool fits_direct(const struct iovec *iov, int niov, uint64_t off)
-{
-    size_t bytes = 0;
-
-    if (off % STORE_ALIGN)
-        return false;
-    for (int i = 0; i < niov; i++) {
-        if ((uintptr_t)iov[i].iov_base % STORE_ALIGN || iov[i].iov_len % STORE_ALIGN)
-            return false;
-        bytes += iov[i].iov_len;
-    }
-    return bytes >= DIRECT_MIN;
-}
-
-/* Past the page cache where that is possible; what the filesystem refuses there goes through it. */
-static int transfer_any(struct store *s, bool writing, struct iovec *iov, int niov, uint64_t off)
-{
-    struct fd_store *f = (struct fd_store *)s;
-    struct iovec copy[DIRECT_IOV];
-    int direct = f->direct, rc;
-
-    if (direct < 0 || niov > DIRECT_IOV || !fits_direct(iov, niov, off))
-        return transfer(f->fd, writing, iov, niov, off);
-    before_wait();
-    memcpy(copy, iov, (size_t)niov * sizeof(*iov));
-    rc = transfer(direct, writing, copy, niov, off);
-    return rc == -EINVAL ? transfer(f->fd, writing, iov, niov, off) : rc;
-}
-
 static int fd_readv(struct store *s, struct iovec *iov, int niov, uint64_t off)
 {
-    return transfer_any(s, false, iov, niov, off);
+    return transfer(fd_of(s), false, iov, niov, off);
 }
 
 static int fd_writev(struct store *s, struct iovec *iov, int niov, uint64_t off)
 {
-    return transfer_any(s, true, iov, niov, off);
+    return transfer(fd_of(s), true, iov, niov, off);
 }
 
 static int fd_sync(struct store *s)
@@ -202,7 +169,6 @@ static void fd_drop(struct store *s, uint64_t off, uint64_t len)
 static void fd_close(struct store *s)
 {
     close_quiet(fd_of(s));
-    close_quiet(((struct fd_store *)s)->direct);
     free(s);
 }
 
@@ -219,10 +185,10 @@ static const struct store_ops fd_ops = {
     .close = fd_close,
 };
 
-struct store *store_fd_take(int fd, int direct)
+struct store *store_fd_take(int fd)
 {
     struct fd_store *s = xmalloc(sizeof(*s));
 
-    *s = (struct fd_store){.store = {&fd_ops}, .fd = fd, .direct = direct};
+    *s = (struct fd_store){.store = {&fd_ops}, .fd = fd};
     return &s->store;
 }

@@ -70,14 +70,14 @@ uint8_t *io_buffer_get(struct volume *v)
     if (v->io_buffers)
         b = v->io_buffer[--v->io_buffers];
     pthread_mutex_unlock(&v->io_mutex);
-    if (!b && posix_memalign((void **)&b, STORE_ALIGN, IO_BUFFER_BYTES + 2 * STORE_ALIGN))
+    if (!b && posix_memalign((void **)&b, UNIT_BYTES, IO_BUFFER_BYTES + 2 * UNIT_BYTES))
         abort();
-    return b + STORE_ALIGN;
+    return b + UNIT_BYTES;
 }
 
 void io_buffer_put(struct volume *v, uint8_t *buffer)
 {
-    uint8_t *b = buffer ? buffer - STORE_ALIGN : NULL;
+    uint8_t *b = buffer ? buffer - UNIT_BYTES : NULL;
 
     pthread_mutex_lock(&v->io_mutex);
     if (b && v->io_buffers < IO_BUFFERS) {

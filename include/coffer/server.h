@@ -20,12 +20,11 @@ enum server_fd {
     SERVER_FD_AGENT = 4,   /* the volume channel (agent.h) */
     SERVER_FD_DATA = 5,    /* the backing files, open read-write */
     SERVER_FD_LOG = 6,
-    SERVER_FD_FUSE = 7,    /* /dev/fuse, mounted by cofferd; only for serve, as what follows */
-    SERVER_FD_PAGE = 8,    /* struct server_page */
-    SERVER_FD_PEER = 9,    /* cofferd's end of the control channel: not to be used, only kept for the next cofferd */
-    SERVER_FD_DIRECT = 10, /* `data` again, O_DIRECT; only where its filesystem can */
-    SERVER_FD_SECRET = 7,  /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
-    SERVER_FD_STREAM = 8,  /* for export and import: where the stream goes to, or comes from */
+    SERVER_FD_FUSE = 7,   /* /dev/fuse, mounted by cofferd; only for serve, as what follows */
+    SERVER_FD_PAGE = 8,   /* struct server_page */
+    SERVER_FD_PEER = 9,   /* cofferd's end of the control channel: not to be used, only kept for the next cofferd */
+    SERVER_FD_SECRET = 7, /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
+    SERVER_FD_STREAM = 8, /* for export and import: where the stream goes to, or comes from */
 };
 
 enum server_type {

@@ -44,12 +44,10 @@ struct store {
 };
 
 /*
- * A store on an open read-write (or read-only) regular file, which it takes. direct: the same file opened with O_DIRECT, taken
- * too, or -1: large transfers between memory and offsets aligned to STORE_ALIGN go past the page cache, which saves a copy and
- * the memory for it. Never NULL.
+ * A store on an open read-write (or read-only) regular file, which it takes. Never NULL. All goes through the page cache: past
+ * it (O_DIRECT) each of our threads waits for its own piece, where the kernel keeps many more under way at once.
  */
-#define STORE_ALIGN 4096
-struct store *store_fd_take(int fd, int direct);
+struct store *store_fd_take(int fd);
 
 /*
  * What a thread wants done before it waits for the disk in a readv of such a store: called once, then forgotten. With it

@@ -33,14 +33,13 @@ static void check(int64_t rc, const char *what)
 static struct store *open_store(const char *dir, const char *name)
 {
     char path[4096];
-    int fd, direct;
+    int fd;
 
     snprintf(path, sizeof(path), "%s/%s", dir, name);
     fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     check(fd < 0 ? -errno : 0, path);
-    direct = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
     unlink(path);
-    return store_fd_take(fd, direct);
+    return store_fd_take(fd);
 }
 
 static uint64_t make_file(uint64_t dir, const char *name)

@@ -70,7 +70,7 @@ static struct store *file_store(const char *dir, const char *name, bool fresh)
     if (fd < 0)
         die("%s: %s", path, strerror(errno));
     free(path);
-    return store_fd_take(fd, -1);
+    return store_fd_take(fd);
 }
 
 static struct volume *open_volume(const char *dir)

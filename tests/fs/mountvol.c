@@ -162,8 +162,8 @@ static struct volume_params params(void)
 
 static void format(void)
 {
-    struct store *data = store_fd_take(open_backing("data", O_CREAT | O_EXCL), -1);
-    struct store *log = store_fd_take(open_backing("log", O_CREAT | O_EXCL), -1);
+    struct store *data = store_fd_take(open_backing("data", O_CREAT | O_EXCL));
+    struct store *log = store_fd_take(open_backing("log", O_CREAT | O_EXCL));
     struct volume_params p;
     struct key *key = key_new();
     int rc;

@@ -88,7 +88,7 @@ static struct store *run_store(struct run *r, int which, bool fresh)
         perror(arg_dir);
         exit(2);
     }
-    return store_fd_take(fd, -1);
+    return store_fd_take(fd);
 }
 
 static int run_open(struct run *r)

@@ -439,16 +439,16 @@ static void test_give_back(void **state)
     memcpy(p.id, volume_id, sizeof(p.id));
     volume_abandon(f->v);
     f->v = NULL;
-    data = store_fd_take(dup(fd), -1);
-    log = store_fd_take(dup(logfd), -1);
+    data = store_fd_take(dup(fd));
+    log = store_fd_take(dup(logfd));
     assert_int_equal(volume_format(data, log, f->key, &p), 0);
     data->ops->close(data);
     log->ops->close(log);
     for (int life = 0; life < 3; life++) {
         uint64_t ino, keep;
 
-        assert_int_equal(
-            volume_open(store_fd_take(dup(fd), -1), store_fd_take(dup(logfd), -1), f->key, volume_id, &o, &f->v), 0);
+        assert_int_equal(volume_open(store_fd_take(dup(fd)), store_fd_take(dup(logfd)), f->key, volume_id, &o, &f->v),
+                         0);
         keep = make(f, life == 0 ? "keep0" : life == 1 ? "keep1" : "keep2", life, MIB);
         ino = make(f, "big", 1, 1);
         for (unsigned k = 0; k < 180; k++) {

@@ -67,7 +67,7 @@ static struct store *file_store(struct fixture *f, const char *name)
     snprintf(path, sizeof(path), "%s/%s", f->dir, name);
     fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     assert_true(fd >= 0);
-    return store_fd_take(fd, -1);
+    return store_fd_take(fd);
 }
 
 static void open_volume(struct fixture *f, bool read_only)

@@ -51,7 +51,7 @@ static struct store *memory_store(void)
     int fd = memfd_create("test", MFD_CLOEXEC);
 
     assert_true(fd >= 0);
-    return store_fd_take(fd, -1);
+    return store_fd_take(fd);
 }
 
 static int extent_write(const struct vkeys *k, struct store *s, struct extent *e, uint32_t block, const uint8_t *plain)
