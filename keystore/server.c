@@ -280,6 +280,7 @@ void server_end_grants(struct server *s)
 /* Wipes the root key and takes every volume's key back. */
 static void lock_everything(struct server *s, const char *why)
 {
+    s->locked = true;
     keystore_lock(s->keystore);
     authorise_refuse_all(s, "the keystore was locked");
     grants_end(s->grants, NULL, -1, why);
@@ -622,6 +623,8 @@ static int on_bind(struct request *r)
     conn_learn_id(r->s, c);
     if (keystore_unlocked(r->s->keystore))
         send_unlocked(r->s, c);
+    else if (r->s->locked && c->purpose == AGENT_PURPOSE_SERVE)
+        send_lock(c);
     return done(r, 0);
 }
 
@@ -1044,6 +1047,8 @@ static void unlock_complete(struct server *s, struct secret_read *r)
         lock_everything(s, "the unlocking cannot be written into the audit log");
     else if (rc < 0)
         server_audit(s, "unlock-refused", "", slot_names[r->kind]);
+    if (rc == 0)
+        s->locked = false;
     for (struct conn *c = s->conns; c && rc == 0; c = c->next)
         send_unlocked(s, c);
     if (rc == -EKEYREJECTED)

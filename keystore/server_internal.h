@@ -80,6 +80,7 @@ struct server {
     struct secret_read *secrets;
     struct lock_wait *lock_waits;
     uint64_t agent;        /* random: this process */
+    bool locked;           /* it was ordered to lock, not only not unlocked yet */
     uint64_t next_id;      /* of connections and of questions to the broker */
     int64_t next_check_ns; /* of the grants' cgroups, by clock */
     int64_t stopping_ns;   /* not 0: SIGTERM came; when to end at the latest */

@@ -16,7 +16,7 @@ union fd_control {
     char buf[CMSG_SPACE(sizeof(int) * MSG_FDS_MAX)];
 };
 
-static int send_iov(int sock, struct iovec *iov, int niov, const int *fds, int nfds)
+static int send_iov(int sock, struct iovec *iov, int niov, const int *fds, int nfds, int flags)
 {
     union fd_control control;
     struct msghdr m = {.msg_iov = iov, .msg_iovlen = (size_t)niov};
@@ -40,7 +40,7 @@ static int send_iov(int sock, struct iovec *iov, int niov, const int *fds, int n
     for (int i = 0; i < niov; i++)
         total += iov[i].iov_len;
     do
-        sent = sendmsg(sock, &m, MSG_NOSIGNAL);
+        sent = sendmsg(sock, &m, MSG_NOSIGNAL | flags);
     while (sent < 0 && errno == EINTR);
     if (sent < 0)
         return -errno;
@@ -54,7 +54,7 @@ int msg_send(int sock, const struct msg_head *head, const void *body, const int 
 
     if (sizeof(*head) + head->len > MSG_PACKET_MAX)
         return -EMSGSIZE;
-    rc = send_iov(sock, iov, head->len ? 2 : 1, fds, nfds);
+    rc = send_iov(sock, iov, head->len ? 2 : 1, fds, nfds, MSG_DONTWAIT);
     return rc > 0 ? -EIO : rc;
 }
 
@@ -101,7 +101,7 @@ static int wait_readable(int sock, int timeout_ms)
 }
 
 /* Receives into iov; hands over descriptors, or closes them where the caller wants none or the message is cut. */
-static ssize_t recv_iov(int sock, struct iovec *iov, int niov, int *fds, int *ret_nfds)
+static ssize_t recv_iov(int sock, struct iovec *iov, int niov, int *fds, int *ret_nfds, int flags)
 {
     union fd_control control;
     struct msghdr m = {
@@ -110,7 +110,7 @@ static ssize_t recv_iov(int sock, struct iovec *iov, int niov, int *fds, int *re
     ssize_t r;
 
     do
-        r = recvmsg(sock, &m, MSG_CMSG_CLOEXEC);
+        r = recvmsg(sock, &m, MSG_CMSG_CLOEXEC | flags);
     while (r < 0 && errno == EINTR);
     if (r < 0)
         return -errno;
@@ -137,7 +137,7 @@ int msg_recv(int sock, struct msg_head *head, void *body, size_t cap, int *fds, 
         *ret_nfds = 0;
     if (timeout_ms >= 0 && (rc = wait_readable(sock, timeout_ms)) < 0)
         return rc;
-    r = recv_iov(sock, iov, cap ? 2 : 1, fds, ret_nfds);
+    r = recv_iov(sock, iov, cap ? 2 : 1, fds, ret_nfds, timeout_ms < 0 ? 0 : MSG_DONTWAIT);
     if (r < 0)
         return (int)r;
     if (r == 0)
@@ -160,7 +160,7 @@ int frame_send(int sock, const void *buf, size_t n, const int *fds, int nfds)
 
     if (n > MSG_FRAME_MAX)
         return -EMSGSIZE;
-    rc = send_iov(sock, iov, 2, fds, nfds);
+    rc = send_iov(sock, iov, 2, fds, nfds, 0);
     /* A short send: the descriptors went with the first byte, the rest follows. */
     while (rc > 0 && (size_t)rc < n + sizeof(len)) {
         size_t sent = (size_t)rc;
@@ -171,7 +171,7 @@ int frame_send(int sock, const void *buf, size_t n, const int *fds, int nfds)
             rest[k++] = (struct iovec){(uint8_t *)&len + sent, sizeof(len) - sent};
         sent = sent > sizeof(len) ? sent - sizeof(len) : 0;
         rest[k++] = (struct iovec){(uint8_t *)(uintptr_t)buf + sent, n - sent};
-        more = send_iov(sock, rest, k, NULL, 0);
+        more = send_iov(sock, rest, k, NULL, 0, 0);
         if (more <= 0)
             return more;
         rc += more;
@@ -190,7 +190,7 @@ static int recv_exact(int sock, void *buf, size_t n, int *fds, int *ret_nfds, in
 
         if (timeout_ms >= 0 && (rc = wait_readable(sock, timeout_ms)) < 0)
             return rc;
-        r = recv_iov(sock, &iov, 1, got == 0 ? fds : NULL, got == 0 ? ret_nfds : NULL);
+        r = recv_iov(sock, &iov, 1, got == 0 ? fds : NULL, got == 0 ? ret_nfds : NULL, 0);
         if (r < 0)
             return (int)r;
         if (r == 0)

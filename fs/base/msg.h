@@ -27,12 +27,14 @@ struct msg_head {
 };
 
 /* Sends head and body (head->len bytes) as one packet with nfds descriptors (which stay the caller's). 0 or -errno;
- * -EPIPE when the peer is gone (no signal). */
+ * -EPIPE when the peer is gone (no signal). It never blocks, whatever the socket's flags are (who has the same open file can
+ * change them): -EAGAIN. */
 int msg_send(int sock, const struct msg_head *head, const void *body, const int *fds, int nfds);
 /*
  * Receives one packet into *head and body (at most cap bytes). timeout_ms < 0 waits for ever. fds (MSG_FDS_MAX places,
  * or NULL) and *ret_nfds take the descriptors, now the caller's. 0; -ECONNRESET at the end; -ETIMEDOUT; -EPROTO for a
- * packet that is not well formed (its descriptors are closed); -EAGAIN on a non-blocking socket.
+ * packet that is not well formed (its descriptors are closed); -EAGAIN: somebody else has taken it, or on a non-blocking
+ * socket.
  */
 int msg_recv(int sock, struct msg_head *head, void *body, size_t cap, int *fds, int *ret_nfds, int timeout_ms);
 

@@ -317,13 +317,20 @@ void auth_end_grant(uint64_t number)
     pthread_mutex_unlock(&auth_lock);
 }
 
-void auth_end_all(void)
+void auth_stop(void)
 {
     pthread_mutex_lock(&auth_lock);
     for (size_t i = 0; i < GRANT_BUCKETS; i++) {
         for (struct grant *g = grants[i]; g; g = g->next)
             g->ended = true;
     }
+    pthread_mutex_unlock(&auth_lock);
+}
+
+void auth_end_all(void)
+{
+    auth_stop();
+    pthread_mutex_lock(&auth_lock);
     cache_purge(NULL);
     witness_forget(0);
     pthread_mutex_unlock(&auth_lock);

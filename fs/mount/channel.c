@@ -53,6 +53,7 @@ static struct volume_seen seen_last; /* the newest checkpoint, generation 0: non
 static uint64_t seen_id;             /* of the message that told it */
 static bool seen_sent, seen_done;
 static bool agent_unlocked; /* as the agent of agent_fd has said */
+static bool agent_locks;    /* it has ordered to lock since it said so last, or since it is there */
 
 static void (*agent_on_lock)(void), (*agent_on_unlocked)(void);
 
@@ -130,6 +131,15 @@ static void take_unlocked(const struct agent_unlocked *u)
 {
     auth_agent_is(u->agent);
     agent_unlocked = true;
+    agent_locks = false;
+    pthread_cond_broadcast(&agent_cond);
+}
+
+/* The keystore may be open nevertheless: it was the last grant of the volume. */
+static void take_lock(void)
+{
+    agent_unlocked = false;
+    agent_locks = true;
     pthread_cond_broadcast(&agent_cond);
 }
 
@@ -170,7 +180,7 @@ static int handle_message(struct agent_message *m)
         else if (m->head.type == AGENT_FS_UNLOCKED)
             take_unlocked(&m->body.unlocked);
         else if (m->head.type == AGENT_FS_LOCK)
-            agent_unlocked = false;
+            take_lock();
         pthread_mutex_unlock(&agent_lock);
         if (m->head.type == AGENT_FS_GRANT_END || m->head.type == AGENT_FS_GRANT || m->head.type == AGENT_FS_LOCK ||
             m->head.type == AGENT_FS_UNLOCKED)
@@ -196,7 +206,7 @@ static void agent_died(int rc)
     pthread_mutex_lock(&agent_lock);
     close_quiet(agent_fd);
     agent_fd = -1;
-    agent_unlocked = false;
+    agent_unlocked = agent_locks = false;
     for (struct waiter *w = waiters; w; w = w->next)
         w->sent = w->done; /* to be asked of the next one */
     seen_sent = seen_done;
@@ -388,17 +398,26 @@ int channel_ask_again(const struct agent_renew *q, struct auth *ret)
     return ask_as(NULL, &ask, q, ret, NULL, NULL);
 }
 
-bool channel_wait_unlocked(int ms)
+bool channel_unlocked(void)
 {
-    int64_t end = mono_ns() + (int64_t)ms * 1000000;
     bool unlocked;
 
     pthread_mutex_lock(&agent_lock);
-    while (!agent_unlocked && mono_ns() < end)
-        wait_slice();
     unlocked = agent_unlocked;
     pthread_mutex_unlock(&agent_lock);
     return unlocked;
+}
+
+bool channel_wait_word(int ms)
+{
+    int64_t end = mono_ns() + (int64_t)ms * 1000000;
+    bool said;
+
+    pthread_mutex_lock(&agent_lock);
+    while (!(said = agent_unlocked || agent_locks) && mono_ns() < end)
+        wait_slice();
+    pthread_mutex_unlock(&agent_lock);
+    return said;
 }
 
 void channel_seen(void *ctx, const struct volume_seen *now)

@@ -26,7 +26,7 @@ struct mount_config mount_config;
 
 static pthread_mutex_t work_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t work_cond = PTHREAD_COND_INITIALIZER;
-static bool work_lock_volume, work_end, work_hand_over, work_renew;
+static bool work_lock_volume, work_forget, work_end, work_hand_over, work_renew;
 
 /* --- serving --- */
 
@@ -68,6 +68,14 @@ static void on_unlocked(void)
     pthread_mutex_unlock(&work_lock);
 }
 
+static void on_forget(void)
+{
+    pthread_mutex_lock(&work_lock);
+    work_forget = true;
+    pthread_cond_signal(&work_cond);
+    pthread_mutex_unlock(&work_lock);
+}
+
 static void on_hand_over(void)
 {
     pthread_mutex_lock(&work_lock);
@@ -103,21 +111,25 @@ static void *locker(void *arg)
 {
     (void)arg;
     for (;;) {
-        bool end, lock, renew;
+        bool end, lock, forget, renew;
 
         pthread_mutex_lock(&work_lock);
-        while (!work_lock_volume && !work_end && !work_hand_over && !work_renew)
+        while (!work_lock_volume && !work_forget && !work_end && !work_hand_over && !work_renew)
             pthread_cond_wait(&work_cond, &work_lock);
         end = work_end;
         lock = work_lock_volume;
+        forget = work_forget;
         renew = work_renew;
-        work_lock_volume = work_renew = false;
+        work_lock_volume = work_forget = work_renew = false;
         pthread_mutex_unlock(&work_lock);
         if (end)
             finish(false);
         if (lock) {
             life_lock(loop_session(), true);
             channel_locked();
+        } else if (forget) {
+            if (life_left_open())
+                life_lock(loop_session(), true);
         } else if (renew) {
             life_renew(false);
         } else {
@@ -158,6 +170,8 @@ static void *take_over(void *arg)
     if (rc == 0)
         rc = loop_start(on_end);
     reading = rc == 0;
+    if (rc == 0 && life_left_open())
+        on_forget();
     if (rc < 0) {
         log_err("volume %s: cannot take over: %s", mount_config.name, strerror(-rc));
         on_end();

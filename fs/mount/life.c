@@ -255,7 +255,7 @@ void life_renew(bool all)
         struct auth a;
         int rc = channel_ask_again(&q, &a);
 
-        if (rc < 0 && !channel_wait_unlocked(0))
+        if (rc < 0 && !channel_unlocked())
             break; /* the agent is gone, or locked again: at the next unlocking */
         auth_found(&q, rc == 0);
         if (rc == 0)
@@ -273,10 +273,10 @@ void life_resume(void)
 
     if (!page_was_open())
         return;
-    if (!channel_wait_unlocked(SAYS_SO_MS)) {
+    if (!channel_wait_word(SAYS_SO_MS)) {
         log_info("volume %s: waits for the keystore to be unlocked, %d s at most: run coffer unlock", mount_config.name,
                  mount_config.patience_ms / 1000);
-        if (!channel_wait_unlocked(mount_config.patience_ms))
+        if (!channel_wait_word(mount_config.patience_ms))
             log_err("volume %s: the keystore is still locked; what is open is lost to its processes",
                     mount_config.name);
     }
@@ -418,6 +418,25 @@ static bool begin_closing(void)
     return next == CLOSING;
 }
 
+/* What the kernel has of a volume that the last server had open and that did not open any more: it cannot be asked for the
+ * names in its root, and what was not written is lost, but no content is left. */
+static void forget_left(struct fuse_session *se)
+{
+    invalidate_inodes(se, INODES_OPENED);
+    fuse_lowlevel_notify_inval_inode(se, VOLUME_ROOT_INO, 0, 0);
+    if (inodes_unknown())
+        log_err("volume %s: what the kernel has of it in its cache is not known: unmount it", mount_config.name);
+    pthread_mutex_lock(&state_lock);
+    if (state == LOCKED)
+        page_set_open(false);
+    pthread_mutex_unlock(&state_lock);
+}
+
+bool life_left_open(void)
+{
+    return !life_is_open() && page_was_open();
+}
+
 int life_lock(struct fuse_session *se, bool notify)
 {
     struct volume *v;
@@ -428,6 +447,8 @@ int life_lock(struct fuse_session *se, bool notify)
         pthread_cond_wait(&state_cond, &state_lock);
     if (state == LOCKED) {
         pthread_mutex_unlock(&state_lock);
+        if (notify && loop_serves() && page_was_open())
+            forget_left(se);
         return 0;
     }
     check_state(OPEN, LOCKING);
@@ -472,5 +493,5 @@ void life_stop(void)
     stopped = true;
     pthread_cond_broadcast(&state_cond);
     pthread_mutex_unlock(&state_lock);
-    auth_end_all();
+    auth_stop();
 }

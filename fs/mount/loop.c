@@ -344,6 +344,11 @@ int loop_start(void (*end)(void))
     return rc;
 }
 
+bool loop_serves(void)
+{
+    return running > 0;
+}
+
 int loop_stop(int ms)
 {
     const struct timespec look = {.tv_nsec = 1000000};

@@ -79,6 +79,8 @@ void auth_handle_close(uint64_t fh);
 /* The agent's orders. */
 void auth_end_grant(uint64_t number);
 void auth_end_all(void);
+/* No grant holds here any more; the agent has not ended them: who was given one stands in the page for the next server. */
+void auth_stop(void);
 /* Does anything refer to a grant that has not ended? */
 bool auth_any_live(void);
 /* Another agent's channel is used from now on: verdicts of older ones are not used any more. */
@@ -109,8 +111,10 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
                 struct channel_volume *ret_volume);
 /* Asks for a grant of before for one of its threads; ret as above. */
 int channel_ask_again(const struct agent_renew *q, struct auth *ret);
-/* Waits until the keystore is open. False: not in that time. */
-bool channel_wait_unlocked(int ms);
+/* Is the keystore open? */
+bool channel_unlocked(void);
+/* Waits until the agent says that the keystore is open, or orders to lock. False: neither in that time. */
+bool channel_wait_word(int ms);
 /* volume_options.on_checkpoint: tells the agent and waits until it remembers, at most 10 s; not at all where none is there:
  * the next one is told when it comes. */
 void channel_seen(void *ctx, const struct volume_seen *now);
@@ -155,12 +159,14 @@ void life_leave(void);
 bool life_is_open(void);
 
 /* Flushes, invalidates and wipes, after all grants have ended. Where the agent has let somebody in since, the volume stays
- * open instead. notify false: the mount is gone. Never from a thread that serves requests. 0, or
- * the error of volume_close. */
+ * open instead. One that is not open is left as it is, but what the kernel still has of when it was goes. notify false: the
+ * mount is gone. Never from a thread that serves requests. 0, or the error of volume_close. */
 int life_lock(struct fuse_session *se, bool notify);
 /* Opens the volume on the strength of the grants that live on from the mount's last server, if there are any; waits while
  * the keystore is locked. */
 void life_resume(void);
+/* It was open in the last server and is not in this one: nobody has locked it. */
+bool life_left_open(void);
 /* Has the agent take up grants that another one gave (auth_next_lost). */
 void life_renew(bool all);
 /* Checkpoints, while requests go on: closing takes less time then. */
@@ -206,6 +212,8 @@ int loop_init(struct fuse_session *se, const struct server_init **ret_init);
 int loop_resend(void);
 /* Starts the threads on SERVER_FD_FUSE. on_end is called once, when the mount is gone. */
 int loop_start(void (*on_end)(void));
+/* Do they run? */
+bool loop_serves(void);
 /* Nothing more is read; waits until what was read is answered, at most ms. 0, -ETIMEDOUT: something is still at work. */
 int loop_stop(int ms);
 

@@ -27,6 +27,7 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -35,7 +36,7 @@
 #define KILL_MS          10000 /* until what was killed has ended */
 #define REFRESH_MIN_MS   500
 #define CLOSED_MS        1000 /* between the end of its channel and its own */
-#define DAMAGE_BURST     20   /* reports of damage taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
+#define DAMAGE_BURST     20 /* reports (damage, notes) taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
 #define DAMAGE_PERIOD_MS 60000
 
 enum fsproc_state { FS_STARTING, FS_SERVING, FS_STOPPING, FS_GONE, FS_STATES };
@@ -52,7 +53,6 @@ struct task {
 struct fsproc {
     char name[AGENT_NAME_MAX];
     struct process process;
-    int log_fd;           /* its `log`, the same open file, or -1 */
     int pidfd, ctl, kick; /* ctl -1: adopted, and it kept no channel */
     bool ours;            /* a child: to be reaped */
     int64_t damage_since; /* mono_ns; of the process's thread */
@@ -61,6 +61,7 @@ struct fsproc {
     pthread_cond_t changed;
     unsigned refs;
     enum fsproc_state state;
+    int log_fd; /* its `log`, the same open file, or -1 */
     const struct fsproc_owner *owner;
     void *ctx;
     char failed[AGENT_TEXT_MAX]; /* what SERVER_FAILED said */
@@ -103,7 +104,7 @@ static void nobody_unlocked(void *ctx, bool unlocked)
     (void)unlocked;
 }
 
-static const struct fsproc_owner nobody = {nobody_died, nobody_event, nobody_event, nobody_unlocked, nobody_free};
+static const struct fsproc_owner nobody = {NULL, nobody_died, nobody_event, nobody_event, nobody_unlocked, nobody_free};
 
 /* --- states --- */
 
@@ -251,13 +252,19 @@ static bool take_text(const struct agent_reply *r, uint32_t len, char out[AGENT_
     return true;
 }
 
-static void take_damage(struct fsproc *p, const char *text)
+/* Not too many at a time, of what goes to the audit log. */
+static bool may_report(struct fsproc *p)
 {
     if (mono_ns() - p->damage_since > (int64_t)DAMAGE_PERIOD_MS * 1000000) {
         p->damage_since = mono_ns();
         p->damages = 0;
     }
-    if (++p->damages > DAMAGE_BURST)
+    return ++p->damages <= DAMAGE_BURST;
+}
+
+static void take_damage(struct fsproc *p, const char *text)
+{
+    if (!may_report(p))
         return;
     log_err("volume %s: damaged: %s; run coffer volume check %s", p->name, text, p->name);
     agent_note(p->name, "damage", text);
@@ -370,7 +377,8 @@ static bool take_message(struct fsproc *p)
     } else if (head.type == SERVER_DAMAGE) {
         take_damage(p, text);
     } else if (head.type == SERVER_NOTE) {
-        agent_note(p->name, "scrub", text);
+        if (may_report(p))
+            agent_note(p->name, "scrub", text);
     } else if (head.type == SERVER_LINE) {
         take_line(p, head.id, text);
     } else if (head.type == SERVER_REPLY) {
@@ -404,10 +412,12 @@ static void unlock_log(struct fsproc *p)
 {
     struct flock fl = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
 
+    pthread_mutex_lock(&p->lock);
     if (p->log_fd >= 0)
         fcntl(p->log_fd, F_OFD_SETLK, &fl);
     close_quiet(p->log_fd);
     p->log_fd = -1;
+    pthread_mutex_unlock(&p->lock);
 }
 
 /* It has ended, or hangs: reads what it said last, reaps it, and says how it went. */
@@ -595,6 +605,8 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
         fsproc_unref(p);
         return rc;
     }
+    if (fds->takeover)
+        owner->started(ctx, &p->process);
     fsproc_ref(p); /* the thread's */
     rc = thread_start(watch, p);
     if (rc < 0) {
@@ -634,7 +646,20 @@ static int fetch_channel(int pidfd)
     return -1;
 }
 
-int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
+/* Its `log`: the open file that carries the lock. What it has at that number may be anything. -1: it is not the volume's. */
+static int fetch_log(int pidfd, int log)
+{
+    int fd = log < 0 ? -1 : spawn_fetch_fd(pidfd, SERVER_FD_LOG);
+    struct stat have, want;
+
+    if (fd >= 0 && fstat(fd, &have) == 0 && fstat(log, &want) == 0 && have.st_dev == want.st_dev &&
+        have.st_ino == want.st_ino)
+        return fd;
+    close_quiet(fd);
+    return -1;
+}
+
+int fsproc_adopt(const char *name, const struct process *process, int log, const struct fsproc_owner *owner, void *ctx,
                  struct fsproc **ret)
 {
     struct fsproc *p = fsproc_new(name, owner, ctx);
@@ -647,7 +672,7 @@ int fsproc_adopt(const char *name, const struct process *process, const struct f
     rc = p->pidfd < 0 ? -ESRCH : 0;
     if (rc == 0) {
         p->ctl = fetch_channel(p->pidfd);
-        p->log_fd = spawn_fetch_fd(p->pidfd, SERVER_FD_LOG);
+        p->log_fd = fetch_log(p->pidfd, log);
     }
     if (rc == 0) {
         fsproc_ref(p);
@@ -690,6 +715,16 @@ void fsproc_stop(struct fsproc *p)
 int fsproc_fetch(struct fsproc *p, enum server_fd fd)
 {
     return spawn_fetch_fd(p->pidfd, fd);
+}
+
+int fsproc_log(struct fsproc *p)
+{
+    int fd;
+
+    pthread_mutex_lock(&p->lock);
+    fd = p->log_fd < 0 ? -1 : fcntl(p->log_fd, F_DUPFD_CLOEXEC, 3);
+    pthread_mutex_unlock(&p->lock);
+    return fd;
 }
 
 int fsproc_go(struct fsproc *p)

@@ -12,6 +12,8 @@ struct fsproc;
 
 /* What its thread tells the owner of a volume; called without any lock held. */
 struct fsproc_owner {
+    void (*started)(void *ctx,
+                    const struct process *process); /* fsproc_start's own thread: it takes over, is not ready yet */
     void (*died)(void *ctx, struct fsproc *p, const char *how); /* while it should have been serving */
     void (*ended)(void *ctx, struct fsproc *p);                 /* after fsproc_stop() */
     void (*tick)(void *ctx, struct fsproc *p);                  /* about every FSPROC_TICK_MS while it serves */
@@ -37,8 +39,8 @@ struct fsproc_fds {
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
                  const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why);
 /* Watches a server that an earlier cofferd started. Its channel is fetched from it; where that is not allowed there is none.
- * 0 or -ESRCH. */
-int fsproc_adopt(const char *name, const struct process *process, const struct fsproc_owner *owner, void *ctx,
+ * log: of its volume, or -1. 0 or -ESRCH. */
+int fsproc_adopt(const char *name, const struct process *process, int log, const struct fsproc_owner *owner, void *ctx,
                  struct fsproc **ret);
 struct fsproc *fsproc_ref(struct fsproc *p);
 void fsproc_unref(struct fsproc *p);
@@ -50,6 +52,8 @@ struct process fsproc_process(const struct fsproc *p);
 bool fsproc_init(struct fsproc *p, struct server_init *ret);
 /* A duplicate of one of its descriptors (the caller's), as it says: to be checked. -errno. */
 int fsproc_fetch(struct fsproc *p, enum server_fd fd);
+/* A duplicate of its `log`, the open file that carries the lock; -1: not known, or it has ended. */
+int fsproc_log(struct fsproc *p);
 /* The mount's last server has ended: p goes on with it. 0 or -errno. */
 int fsproc_go(struct fsproc *p);
 /* Has it stop for another that stands ready, and waits until it has ended: ms at most, then it is killed. 0, or

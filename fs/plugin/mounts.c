@@ -13,7 +13,7 @@
  * only when the next one stands ready.
  *
  * A cofferd that is started again has fuse_fd and page_fd from the service manager's store, if there is one, or from the
- * living server (adopt_one).
+ * living server, or from the one that was to follow it (adopt_server).
  *
  * Invariants:
  *  1. Two servers never run on one volume: `log` carries a lock that belongs to the open file that the server has, until it
@@ -34,12 +34,14 @@
 #include "fsproc.h"
 #include "mountinfo.h"
 #include "notify.h"
+#include "spawn.h"
 #include "supervisor.h"
 
 #include <dirent.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
+#include <signal.h>
 #include <sodium.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -99,6 +101,7 @@ static void set_server(struct plugin_volume *v, struct fsproc *fs, enum mount_st
     old = v->fs;
     v->fs = fs;
     v->server = fs ? fsproc_process(fs) : (struct process){0};
+    v->successor = (struct process){0};
     v->unlocked = false;
     v->mount = state;
     pthread_mutex_unlock(&registry_lock);
@@ -538,6 +541,17 @@ static void server_unlocked(void *ctx, bool unlocked)
     pthread_mutex_unlock(&registry_lock);
 }
 
+/* One that shall take over: a cofferd that is started meanwhile finds it. */
+static void server_started(void *ctx, const struct process *process)
+{
+    struct plugin_volume *v = ctx;
+
+    pthread_mutex_lock(&registry_lock);
+    v->successor = *process;
+    pthread_mutex_unlock(&registry_lock);
+    registry_save();
+}
+
 static void server_free(void *ctx)
 {
     registry_unref(ctx);
@@ -545,8 +559,12 @@ static void server_free(void *ctx)
 
 static void server_tick(void *ctx, struct fsproc *p);
 
-static const struct fsproc_owner server_owner = {
-    .died = server_died, .ended = server_ended, .tick = server_tick, .unlocked = server_unlocked, .free = server_free};
+static const struct fsproc_owner server_owner = {.started = server_started,
+                                                 .died = server_died,
+                                                 .ended = server_ended,
+                                                 .tick = server_tick,
+                                                 .unlocked = server_unlocked,
+                                                 .free = server_free};
 
 /* --- starting a server; op_lock held --- */
 
@@ -573,7 +591,7 @@ static void store_descriptors(struct plugin_volume *v)
 /* What is left of the time in which a mount must have another server. op_lock held. */
 static int patience_ms(const struct plugin_volume *v)
 {
-    int64_t died = v->death_ns[ARRAY_LEN(v->death_ns) - 1];
+    int64_t died = v->mount == MOUNT_FAILED ? v->death_ns[ARRAY_LEN(v->death_ns) - 1] : 0;
     int64_t left = plugin_config.takeover_s * 1000 - (died ? (mono_ns() - died) / 1000000 : 0);
 
     return (int)MAX(left, PATIENCE_MIN_MS);
@@ -1213,6 +1231,7 @@ int mounts_restart_server(struct plugin_volume *v, struct mounts_restarted *ret,
 {
     struct fsproc *old = NULL;
     enum mount_state state;
+    bool failed;
     char *text;
     int rc;
 
@@ -1236,8 +1255,9 @@ int mounts_restart_server(struct plugin_volume *v, struct mounts_restarted *ret,
         agent_note(v->name, "server-restarted", text);
         free(text);
     }
+    failed = v->mount == MOUNT_FAILED;
     pthread_mutex_unlock(&v->op_lock);
-    if (rc < 0 && old && fsproc_wait_end(old, 0) == 0) {
+    if (rc < 0 && failed) {
         log_err("volume %s: %s; another one is started", v->name, why->text);
         if (!replace_dead(v))
             restart_failed(v);
@@ -1297,11 +1317,11 @@ static bool adopt_descriptors(struct plugin_volume *v, struct fsproc *fs)
 /* Perhaps it is one that was to take over, and waits. op_lock held. */
 static void adopt_go(struct plugin_volume *v, struct fsproc *fs)
 {
-    int log = fsproc_fetch(fs, SERVER_FD_LOG);
-    struct why why = {""};
+    int log = fsproc_log(fs);
+    struct why why = {"its log is not known"};
 
     if (log < 0 || lock_backing(v, log, &why) < 0 || fsproc_go(fs) < 0)
-        log_err("volume %s: its server may not be serving: %s", v->name, log < 0 ? strerror(-log) : why.text);
+        log_err("volume %s: its server may not be serving: %s", v->name, why.text);
     close_quiet(log);
 }
 
@@ -1315,18 +1335,42 @@ static void *replace_thread(void *arg)
     return NULL;
 }
 
+/* The server that an earlier cofferd had, or, where that has ended, the one that was to follow it. Where both live the latter
+ * was not told to go on yet, and ends. op_lock held. */
+static struct fsproc *adopt_server(struct plugin_volume *v)
+{
+    bool ended = !v->server.pid || !process_alive(&v->server);
+    const struct process *process = ended && v->successor.pid ? &v->successor : &v->server;
+    int data = -1, log = -1, pidfd = ended ? -1 : process_pidfd(&v->successor);
+    struct fsproc *fs = NULL;
+    struct why why;
+
+    if (pidfd >= 0) {
+        spawn_signal(pidfd, SIGKILL);
+        close_quiet(pidfd);
+    }
+    if (process->pid && open_files(v, &data, &log, &why) < 0)
+        log_err("%s", why.text);
+    if (process->pid && fsproc_adopt(v->name, process, log, &server_owner, v, &fs) < 0)
+        fs = NULL;
+    close_quiet(data);
+    close_quiet(log);
+    return fs;
+}
+
 static void adopt_one(struct plugin_volume *v)
 {
     char *path = mounts_path(v), dev[MOUNT_DEV_MAX];
     bool mounted = mountinfo_device(path, dev) == 0;
     struct plugin_volume *ref = registry_find_ref(v->name);
-    struct fsproc *fs = NULL;
+    struct fsproc *fs = adopt_server(v);
 
-    if (v->server.pid && fsproc_adopt(v->name, &v->server, &server_owner, v, &fs) == 0) {
+    if (fs) {
         enum mount_state state = !mounted ? MOUNT_STOPPING : is_held(v) ? MOUNT_SERVING : MOUNT_LINGERING;
 
         ref = NULL;
         set_server(v, fs, state);
+        registry_save();
         v->started_ns = mono_ns();
         if (!adopt_descriptors(v, fs))
             log_err("volume %s: its mount lives only as long as its server: that did not give its descriptors",

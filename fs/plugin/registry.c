@@ -291,15 +291,15 @@ static json_t *volume_json(const struct plugin_volume *v)
     hex_encode(v->id, sizeof(v->id), id);
     for (size_t i = 0; i < v->nholders; i++)
         json_array_append_new(holders, holder_json(&v->holders[i]));
-    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:b, s:I, s:o, s:O, s:o, s:b, s:o, s:o}",
-                     "name", v->name, "id", id, "created_ns", (json_int_t)v->created_ns, "size",
-                     (json_int_t)v->params.size_limit, "block", (json_int_t)v->params.block_size, "profile",
-                     (json_int_t)v->params.profile, "log_segment", (json_int_t)v->params.log_segment, "root_mode",
-                     (json_int_t)v->params.root_mode, "root_uid", (json_int_t)v->params.root_uid, "root_gid",
-                     (json_int_t)v->params.root_gid, "strict", (int)v->strict, "attached", (int)v->attached, "kind",
-                     (json_int_t)v->kind, "spec", spec_json(&v->spec), "rules", v->rules, "server",
-                     process_json(&v->server), "mounted", (int)(v->mount != MOUNT_IDLE), "takeover", init_json(v),
-                     "holders", holders);
+    return json_pack(
+        "{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:b, s:I, s:o, s:O, s:o, s:o, s:b, s:o, s:o}", "name",
+        v->name, "id", id, "created_ns", (json_int_t)v->created_ns, "size", (json_int_t)v->params.size_limit, "block",
+        (json_int_t)v->params.block_size, "profile", (json_int_t)v->params.profile, "log_segment",
+        (json_int_t)v->params.log_segment, "root_mode", (json_int_t)v->params.root_mode, "root_uid",
+        (json_int_t)v->params.root_uid, "root_gid", (json_int_t)v->params.root_gid, "strict", (int)v->strict,
+        "attached", (int)v->attached, "kind", (json_int_t)v->kind, "spec", spec_json(&v->spec), "rules", v->rules,
+        "server", process_json(&v->server), "successor", process_json(&v->successor), "mounted",
+        (int)(v->mount != MOUNT_IDLE), "takeover", init_json(v), "holders", holders);
 }
 
 char *registry_dump(void)
@@ -503,7 +503,10 @@ static bool get_volume(const json_t *o, bool same_boot)
         return true;
     if (mounted)
         v->mount = MOUNT_FAILED; /* until mounts_adopt() has looked */
-    return get_process(o, "server", &v->server) && get_init(v, o) && get_holders(v, o);
+    /* An older cofferd's file has no "successor". */
+    return get_process(o, "server", &v->server) &&
+           (!json_object_get(o, "successor") || get_process(o, "successor", &v->successor)) && get_init(v, o) &&
+           get_holders(v, o);
 }
 
 int registry_parse(const char *text, size_t n, struct why *why)

@@ -69,10 +69,11 @@ struct plugin_volume {
     struct holder *holders;
     size_t nholders;
     enum mount_state mount;
-    struct fsproc *fs;     /* with a reference; not NULL while SERVING, LINGERING, STOPPING */
-    struct process server; /* of fs, for the state file */
-    bool restarting;       /* its server is being changed as the operator asked */
-    bool unlocked;         /* as fs last said */
+    struct fsproc *fs;        /* with a reference; not NULL while SERVING, LINGERING, STOPPING */
+    struct process server;    /* of fs, for the state file */
+    struct process successor; /* so is this: started to follow it, or one that died; pid 0: none */
+    bool restarting;          /* its server is being changed as the operator asked */
+    bool unlocked;            /* as fs last said */
     struct plugin_volume *next;
 };
 

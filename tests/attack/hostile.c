@@ -14,8 +14,31 @@
 static void say(uint16_t type, uint64_t id, const void *body, uint32_t len)
 {
     struct msg_head head = {.type = type, .len = len, .id = id};
+    struct pollfd p = {.fd = SERVER_FD_CONTROL, .events = POLLOUT};
 
-    msg_send(SERVER_FD_CONTROL, &head, body, NULL, 0);
+    while (msg_send(SERVER_FD_CONTROL, &head, body, NULL, 0) == -EAGAIN)
+        poll(&p, 1, -1);
+}
+
+/* cofferd's own end is kept here, and its flags with it: full of orders that nobody reads, whoever sends one more waits. */
+static void deaf(void)
+{
+    struct msg_head head = {.type = 77};
+
+    while (msg_send(SERVER_FD_PEER, &head, NULL, NULL, 0) == 0)
+        ;
+    fcntl(SERVER_FD_PEER, F_SETFL, 0);
+    for (;;)
+        pause();
+}
+
+/* More than an audit log is to take. */
+static void flood_notes(void)
+{
+    struct agent_reply r = {.text = "a note"};
+
+    for (int i = 0; i < 500; i++)
+        say(SERVER_NOTE, 0, &r, sizeof(r));
 }
 
 /* A line that nobody asked for, one with control characters, progress and an answer, all of this id. */
@@ -57,6 +80,9 @@ int main(int argc, char **argv)
     }
     babble(1);
     say(SERVER_READY, 0, NULL, 0);
+    if (argc > 2 && strcmp(argv[2], "deaf") == 0)
+        deaf();
+    flood_notes();
     memset(&stat, 0xff, sizeof(stat));
     while (msg_recv(SERVER_FD_CONTROL, &head, &body, sizeof(body), fds, &nfds, -1) == 0) {
         if (head.type == SERVER_TASK && body.task.kind == TASK_CHECK)

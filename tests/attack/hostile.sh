@@ -2,10 +2,11 @@
 # A coffer-fs that has been taken over (hostile.c) cannot bring cofferd down.
 source "$(dirname "$0")/../docker/lib.sh"
 fixture none
-mkdir "$T/m" "$T/bin"
+mkdir "$T/m" "$T/d" "$T/bin"
 cp "$BUILD/coffer" "$BUILD/cofferd" "$BUILD/coffer-keyd" "$T/bin"
 cp "$BUILD/tests/attack/hostile" "$T/bin/coffer-fs"
 coffer volume create v --size 64M --allow uid:0 >/dev/null
+coffer volume create deaf --size 64M --allow uid:0 >/dev/null
 coffer down >/dev/null
 BUILD=$T/bin
 cofferd_start
@@ -48,6 +49,19 @@ for _ in range(4):
     ask({"cmd": "volume ls"})
     assert time.monotonic() - start < 4, time.monotonic() - start
 END
+n=$(coffer audit --json | grep -c 'a note')
+[ "$n" -le 20 ] || fail "$n notes are in the audit log"
+
+step "one that reads nothing, on a channel that it made to block, holds up nobody else"
+coffer mount deaf "$T/d" >/dev/null
+for i in 1 2 3; do
+    timeout 15 "$BUILD/coffer" --root "$T/c" volume inspect deaf >"$T/out" 2>&1 || true
+    timeout 5 "$BUILD/coffer" --root "$T/c" volume ls >"$T/out" 2>&1 || fail "coffer volume ls: $(cat "$T/out")"
+done
+lives "a deaf server"
+kill -9 "$(server_pid deaf)" || true
+coffer umount "$T/d" >"$T/out" 2>&1 || true
+
 grep -q $'\033' "$T/c/cofferd.log" && fail "its control characters are in the log"
 coffer umount "$T/m" >"$T/out" 2>&1 || true
 lives umount

@@ -63,6 +63,18 @@ wait_for 30 unlocked
 wait_for 20 next
 work_end
 
+step "the server is changed, then the agent, unlock, the server"
+work_start
+coffer volume restart-server t >/dev/null || fail "restart-server"
+pid=$(server_pid t)
+kill_now "$agent"
+wait_for 20 agent_up
+wait_for 30 unlocked
+sleep 0.5
+kill_now "$pid"
+wait_for 20 next
+work_end
+
 step "the agent twice, and the server twice after that"
 work_start
 for i in 1 2; do
@@ -108,6 +120,11 @@ up() { coffer status; }
 wait_for 10 up
 wait_for 10 unlocked
 coffer mount t "$T/m" >/dev/null || fail "mount"
+head -c 100000 /dev/zero >"$T/m/read"
+exec 7<"$T/m/read"
+cat "$T/m/read" >/dev/null
+cached() { python3 "$(dirname "$0")/cached.py" 7 100000; }
+expect 25 "$(cached)" "pages in the cache"
 work_start
 for agent in $(pgrep -f '^coffer-keyd '); do # not this cofferd's child
     if [ -n "$(find "/proc/$agent/fd" -lname "$T/*" -print -quit 2>/dev/null)" ]; then break; fi
@@ -119,6 +136,9 @@ wait $work || status=$?
 expect 1 $status "work on a volume whose key is gone"
 step "$(tail -n 1 "$T/out") after $((SECONDS - start)) s"
 [ $((SECONDS - start)) -lt 12 ] || fail "that took too long"
+none() { [ "$(cached)" = 0 ]; }
+wait_for 5 none # of a volume that has no key any more
+exec 7<&-
 up() { coffer status --json | grep -q '"agent": *true'; }
 wait_for 20 up
 wait_for 30 unlocked

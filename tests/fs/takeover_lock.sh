@@ -61,6 +61,31 @@ coffer lock >/dev/null || fail "lock"
 coffer unlock --key-file "$T/key" >/dev/null || fail "unlock"
 expect 100000 "$(wc -c <"$T/m/read")" "a file after all that"
 
+step "locked in the midst of a change, before the next server goes on: it waits for no unlocking, and nothing is left"
+servers() { for p in $(pgrep -f '^coffer-fs serve t( |$)'); do [ -z "$(find "/proc/$p/fd" -lname "$T/*" -print -quit 2>/dev/null)" ] || echo "$p"; done; }
+two() { [ "$(servers | wc -l)" = 2 ]; }
+none() { [ "$(cached 7 100000)" = 0 ]; }
+exec 7<"$T/m/read"
+cat "$T/m/read" >/dev/null
+old=$(server_pid t)
+kill -STOP "$old"
+coffer volume restart-server t >/dev/null & change=$!
+wait_for 10 two
+sleep 0.5
+next=$(servers | grep -v "^$old\$")
+kill -STOP "$next"
+kill -CONT "$old"
+wait_for 10 gone "$old"
+wait $change || fail "restart-server"
+expect 25 "$(cached 7 100000)" "pages in the cache"
+coffer lock >/dev/null 2>&1 && fail "the volume was locked by a server that stood still"
+kill -CONT "$next"
+wait_for 5 none
+timeout 5 stat "$T/m/read" >/dev/null 2>&1 && fail "stat on a locked volume"
+coffer unlock --key-file "$T/key" >/dev/null || fail "unlock"
+expect 100000 "$(wc -c <"$T/m/read")" "a file after that"
+exec 7<&-
+
 step "profile database is taken over under load"
 coffer volume create d --size 512M --profile database --allow uid:0 >/dev/null
 coffer mount d "$T/d" >/dev/null || fail "mount"

@@ -66,7 +66,7 @@ static void test_next_agent(void **state)
     auth_new_agent(++epoch);
     auth_agent_is(101);
     assert_false(auth_cached(getpid(), 0, true, &a)); /* no verdict of the old one is used */
-    assert_int_equal(auth_handle_check(7), 0);     /* what is open goes on */
+    assert_int_equal(auth_handle_check(7), 0);        /* what is open goes on */
     assert_int_equal(lost(false, &grant), 1);
     assert_int_equal(grant, 7);
     assert_true(auth_next_lost(false, &at, &q));
@@ -129,6 +129,22 @@ static void test_dead_threads_make_room(void **state)
     assert_int_equal(auth_handle_check(10), 0); /* the living one is still there */
 }
 
+/* A server that ends because another one stands ready leaves it who was given what; the agent may end before that asks. */
+static void test_stopped(void **state)
+{
+    uint64_t grant = 0;
+
+    (void)state;
+    given(13, getpid());
+    auth_stop();
+    auth_new_agent(++epoch);
+    auth_agent_is(105);
+    assert_int_equal(lost(true, &grant), 1);
+    assert_true(grant == 13);
+    auth_end_grant(13); /* that comes late */
+    assert_int_equal(lost(true, &grant), 0);
+}
+
 static void test_hostile_page(void **state)
 {
     uint8_t *at = (uint8_t *)mount_page->witness;
@@ -155,6 +171,7 @@ int main(void)
         cmocka_unit_test_setup(test_next_agent, set_up),
         cmocka_unit_test_setup(test_ended_stays_so, set_up),
         cmocka_unit_test_setup(test_dead_threads_make_room, set_up),
+        cmocka_unit_test_setup(test_stopped, set_up),
         cmocka_unit_test_setup(test_hostile_page, set_up),
     };
 

@@ -57,6 +57,7 @@ static void test_round_trip(void **state)
     h->count = 1;
     v->mount = MOUNT_SERVING;
     v->server = (struct process){77, 88};
+    v->successor = (struct process){78, 89};
     v->has_init = true;
     v->init = (struct server_init){7, 45, 1 << 20, 0x1234, 0x80, {0}};
     v->mount_id = 0xfedcba9876543210;
@@ -76,6 +77,8 @@ static void test_round_trip(void **state)
     assert_string_equal(v->spec.allow[0], "label:a=b,ro");
     assert_int_equal(v->mount, MOUNT_FAILED); /* until its server is found */
     assert_int_equal(v->server.pid, 77);
+    assert_int_equal(v->successor.pid, 78);
+    assert_int_equal(v->successor.start, 89);
     assert_true(v->has_init);
     assert_int_equal(v->init.flags2, 0x80);
     assert_true(v->mount_id == 0xfedcba9876543210);
