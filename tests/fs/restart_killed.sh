@@ -86,10 +86,10 @@ round() {
         wait_for 20 unlocked
     fi
     wait_for 20 one
-    sleep 2 # five deaths in ten seconds are given up
+    sleep 3 # five deaths in ten seconds are given up
 }
 for who in old next cofferd agent; do
-    load $((ROUNDS * 3))
+    load $((ROUNDS * 4))
     for ((i = 0; i < ROUNDS; i++)); do
         kill -0 $load 2>/dev/null || break
         round $who
