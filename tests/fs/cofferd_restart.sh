@@ -18,7 +18,7 @@ cofferd_end() {
 next() { local now; now=$(server_pid t); [ -n "$now" ] && [ "$now" != "$pid" ]; }
 
 step "cofferd stopped or killed, then coffer-fs killed, 4 times under load"
-python3 "$(dirname "$0")/takeover.py" "$T/m" 45 >"$T/out" 2>&1 &
+python3 "$(dirname "$0")/takeover.py" "$T/m" 300 >"$T/out" 2>&1 &
 load=$!
 for how in TERM KILL TERM KILL; do
     sleep 1
@@ -38,6 +38,7 @@ for how in TERM KILL TERM KILL; do
     wait_for 20 next
     sleep 3
 done
+kill $load
 wait $load || fail "$(cat "$T/out")"
 step "$(cat "$T/out")"
 expect "$dev" "$(stat -c %d "$T/m")" "the mount is another one"

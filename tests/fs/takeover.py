@@ -1,12 +1,15 @@
-"""The load of takeover.sh: python3 takeover.py DIR SECONDS. Every answer is checked against what must be: an operation that
-was lost, or done twice, is seen by the next line. Prints what was done; exit status 1 with a line at the first error."""
+"""The load of takeover.sh: python3 takeover.py DIR SECONDS; SIGTERM ends it sooner. Every answer is checked against what must
+be: an operation that was lost, or done twice, is seen by the next line. Prints what was done; exit status 1 with a line at the first error."""
 import os
+import signal
 import sys
 import threading
 import time
 
 base, seconds = sys.argv[1], float(sys.argv[2])
 end = time.monotonic() + seconds
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
 failures = []
 counts = {}
 slowest = {}
@@ -109,7 +112,7 @@ def orphan(d, i):
 def worker(fn):
     d, i, slow = sub(fn.__name__), 0, 0
     try:
-        while time.monotonic() < end and not failures:
+        while time.monotonic() < end and not stop.is_set() and not failures:
             t = time.monotonic()
             fn(d, i)
             slow = max(slow, time.monotonic() - t)
