@@ -4,7 +4,7 @@
 # has no name. Then the mount is given up when servers die one after the other.
 source "$(dirname "$0")/../docker/lib.sh"
 fixture none
-KILLS=${KILLS:-20}
+KILLS=${KILLS:-14}
 coffer volume create t --size 512M --allow uid:0 >/dev/null
 mkdir "$T/m"
 coffer mount t "$T/m" >/dev/null || fail "mount"
@@ -12,7 +12,7 @@ dev=$(stat -c %d "$T/m")
 used() { df --output=used "$T/m" | tail -n 1 | tr -d ' '; }
 
 step "a load while the server is killed $KILLS times"
-python3 "$(dirname "$0")/takeover.py" "$T/m" $((KILLS * 7 / 2 + 4)) >"$T/out" 2>&1 &
+python3 "$(dirname "$0")/takeover.py" "$T/m" $((KILLS * 60)) >"$T/out" 2>&1 &
 load=$!
 for ((i = 1; i <= KILLS; i++)); do
     # Two at a time: the second one is hit while it opens the volume, or has just begun. (Five in 10 s would be given up.)
@@ -31,6 +31,7 @@ for ((i = 1; i <= KILLS; i++)); do
     next() { local now; now=$(server_pid t); [ -n "$now" ] && [ "$now" != "$pid" ]; }
     wait_for 20 next
 done
+kill $load # it ends after its round
 wait $load || fail "$(cat "$T/out")"
 step "$(cat "$T/out")"
 expect "$dev" "$(stat -c %d "$T/m")" "the mount is another one"
