@@ -30,6 +30,8 @@ struct view {
 
 /* Checkpoints first when that is possible and `fresh`. -EIO: the root cannot be read. */
 int view_open(struct volume *v, bool fresh, struct view *ret_view);
+/* Of a snapshot (of v's newest state), which cannot be removed until the view is closed. -ENOENT, -EIO. */
+int view_open_snapshot(struct volume *v, const char *name, struct view *ret_view);
 void view_close(struct view *w);
 /* Its space has been given out again. */
 bool view_stale(const struct view *w);

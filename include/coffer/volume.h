@@ -180,6 +180,39 @@ int volume_resize(struct volume *v, uint64_t size_limit);
 int volume_repair(struct store *data, struct store *log, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
                   const struct volume_options *options, const struct volume_report *report);
 
+/* --- snapshots --- */
+
+#define VOLUME_SNAPSHOT_NAME 64 /* bytes of a snapshot's name, without a NUL */
+#define VOLUME_SNAPSHOTS_MAX 256
+
+struct volume_snapshot {
+    char name[VOLUME_SNAPSHOT_NAME + 1];
+    int64_t created;     /* ns since 1970 */
+    uint64_t generation; /* of the state that it keeps */
+    uint64_t used;       /* bytes that this state uses */
+};
+
+/* Letters, digits, '.', '_' and '-', the first one a letter or digit. */
+bool volume_snapshot_name_ok(const char *name);
+/*
+ * Keeps the state of now under a name, durably: everything acknowledged before the call is in it. Nothing is copied; what
+ * the volume changes later takes new space. -EEXIST, -EINVAL (the name), -EMFILE (VOLUME_SNAPSHOTS_MAX), -EBUSY: the
+ * volume became so full that it could not stand still for a moment.
+ */
+int volume_snapshot_create(struct volume *v, const char *name);
+/* Forgets it, durably; space that only it used becomes free. -ENOENT, -EBUSY: it is being read (by this process). */
+int volume_snapshot_remove(struct volume *v, const char *name);
+/* Calls fn for each, by name, until it returns nonzero, which is returned. */
+int volume_snapshot_list(struct volume *v, int (*fn)(void *ctx, const struct volume_snapshot *s), void *ctx);
+/*
+ * Opens a snapshot as a volume that is read-only, for as long as nobody removes it: also while another process uses the
+ * volume itself. Needs nothing but `data`, read-only, which is the volume's from here on, also after a failure. The
+ * snapshot must have been there at the volume's last checkpoint (volume_snapshot_create makes one). -ENOENT; -EIO,
+ * -EKEYREJECTED, -ENOTSUP as volume_open. Of options, cache_bytes, on_damage and ctx count.
+ */
+int volume_snapshot_open(struct store *data, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
+                         const char *snapshot, const struct volume_options *options, struct volume **ret_volume);
+
 /* --- names --- */
 
 /* The request (FUSE's unique id without bit 63, or 0) that the calling thread works for from now on: goes into the records of
