@@ -5,7 +5,9 @@
  * held against what its items claim. Item kinds come in the order of format.h, so inodes are known before what belongs
  * to them. Content is read afterwards, without the lock.
  *
- * Memory: 72 bytes an inode, 48 an extent, a bit a unit. So the tables keep what was counted, not the items: those are
+ * Snapshots are held to the same, each by itself; but content that was read once is not read again.
+ *
+ * Memory: 72 bytes an inode, 48 an extent, two bits a unit. So the tables keep what was counted, not the items: those are
  * looked up again.
  */
 #include "fs/volume/names.h"
@@ -44,8 +46,23 @@ struct check {
     uint64_t nunits, seen_units;
     uint64_t leaked, missing, first_leaked, first_missing; /* of the bitmaps */
     uint64_t regions;
-    uint64_t done; /* bytes of content read */
+    uint64_t done;  /* bytes of content read */
+    uint8_t *good;  /* bitmap of units whose content authenticated, in whichever state: what is held keeps its place */
+    uint64_t ngood; /* bits of it */
+    const char *snapshot; /* NULL: the volume itself */
 };
+
+static void say(void *ctx, const char *text)
+{
+    struct check *c = ctx;
+    char line[sizeof("snapshot : ") + SNAPSHOT_NAME_MAX + 256];
+
+    if (c->snapshot) {
+        snprintf(line, sizeof(line), "snapshot %s: %s", c->snapshot, text);
+        text = line;
+    }
+    c->report->line(c->report->ctx, text);
+}
 
 __attribute__((format(printf, 2, 3))) static void finding(struct check *c, const char *fmt, ...)
 {
@@ -56,7 +73,7 @@ __attribute__((format(printf, 2, 3))) static void finding(struct check *c, const
     vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
     c->findings++;
-    c->report->line(c->report->ctx, text);
+    say(c, text);
 }
 
 #define U(x) ((unsigned long long)(x))
@@ -280,6 +297,8 @@ static int see_item(void *ctx, const struct tree_iter *it)
     case ITEM_SPACE:
         see_space(c, it);
         break;
+    case ITEM_SNAPSHOT:
+        break; /* the node's check, and the snapshot's own */
     }
     return volume_report_stop(c->report) ? -ECANCELED : 0;
 }
@@ -406,7 +425,19 @@ static int check_structure(struct check *c)
 
 /* --- content --- */
 
-/* Reads each row of chunks that are in use; where that fails, one by one. plain: EXTENT_BYTES. */
+static bool is_good(const struct check *c, uint64_t unit)
+{
+    return unit < c->ngood && c->good[unit / 8] >> (unit % 8) & 1;
+}
+
+static void set_good(struct check *c, const struct extent *e, unsigned first, unsigned n)
+{
+    for (uint64_t u = e->addr + (uint64_t)first * c->v->block_units, end = u + (uint64_t)n * c->v->block_units;
+         u < end && u < c->ngood; u++)
+        c->good[u / 8] |= (uint8_t)(1u << (u % 8));
+}
+
+/* Reads each row of chunks that are in use, and not known to be good; where that fails, one by one. plain: EXTENT_BYTES. */
 static void check_content(struct check *c, uint64_t id, uint8_t *plain)
 {
     struct extent e, now;
@@ -416,16 +447,24 @@ static void check_content(struct check *c, uint64_t id, uint8_t *plain)
         e.chunks = 0; /* reported by the walk */
     view_unlock(&c->view);
     for (unsigned i = 0, n; i < e.chunks; i += n) {
-        for (n = 0; i + n < e.chunks && e.ref[i + n]; n++)
+        for (n = 0; i + n < e.chunks && e.ref[i + n] && !is_good(c, e.addr + (uint64_t)(i + n) * c->v->block_units);
+             n++)
             ;
+        if (n == 0) {
+            c->done += e.ref[i] ? c->v->block : 0;
+            n = 1;
+            continue;
+        }
         c->done += (uint64_t)n * c->v->block;
-        if (n == 0 || extent_read(c->v->keys, c->v->data, &e, c->v->block, i, n, plain) == 0) {
-            n += n == 0;
+        if (extent_read(c->v->keys, c->v->data, &e, c->v->block, i, n, plain) == 0) {
+            set_good(c, &e, i, n);
             continue;
         }
         for (unsigned k = i; k < i + n; k++) {
-            if (extent_read(c->v->keys, c->v->data, &e, c->v->block, k, 1, plain) == 0)
+            if (extent_read(c->v->keys, c->v->data, &e, c->v->block, k, 1, plain) == 0) {
+                set_good(c, &e, k, 1);
                 continue;
+            }
             view_lock(&c->view);
             if (!view_stale(&c->view) && view_extent(&c->view, id, &now) == 0)
                 finding(c, "corrupt data: extent %llu chunk %u at unit %llu does not authenticate or cannot be read",
@@ -451,30 +490,94 @@ static int check_contents(struct check *c)
     return rc;
 }
 
+/* --- the whole --- */
+
+/* The state of c->view, which is closed. 0, -ECANCELED, -EBUSY. */
+static int check_view(struct check *c, bool data)
+{
+    int rc;
+
+    c->findings += view_check_super(&c->view, say, c);
+    view_lock(&c->view);
+    rc = check_structure(c);
+    view_unlock(&c->view);
+    if (rc == 0 && data && !c->good) {
+        c->ngood = c->nunits;
+        c->good = xcalloc(1, c->ngood / 8 + 1);
+    }
+    if (rc == 0 && data)
+        rc = check_contents(c);
+    if (rc == 0 && view_stale(&c->view))
+        rc = -EBUSY; /* the space of what was being checked was needed */
+    view_close(&c->view);
+    table_free(&c->inodes);
+    table_free(&c->extents);
+    free(c->units);
+    return rc;
+}
+
+static struct check check_new(struct volume *v, const struct volume_report *report)
+{
+    return (struct check){.v = v,
+                          .report = report,
+                          .inodes = {.size = sizeof(struct seen_inode)},
+                          .extents = {.size = sizeof(struct seen_extent)}};
+}
+
+struct names {
+    char (*name)[VOLUME_SNAPSHOT_NAME + 1];
+    size_t n;
+};
+
+static int add_name(void *ctx, const struct volume_snapshot *s)
+{
+    struct names *l = ctx;
+
+    l->name = xrealloc(l->name, (l->n + 1) * sizeof(*l->name));
+    memcpy(l->name[l->n++], s->name, sizeof(s->name));
+    return 0;
+}
+
+/* The snapshots of a volume that is not damaged so that the list cannot be read. `all` goes on counting. */
+static int check_snapshots(struct check *all, bool data)
+{
+    struct names list = {0};
+    int rc = volume_snapshot_list(all->v, add_name, &list);
+
+    if (rc < 0)
+        finding(all, "corrupt node: the list of snapshots cannot be read");
+    rc = 0;
+    for (size_t i = 0; i < list.n && rc == 0; i++) {
+        struct check c = check_new(all->v, all->report);
+
+        c.snapshot = list.name[i];
+        c.good = all->good;
+        c.ngood = all->ngood;
+        rc = view_open_snapshot(c.v, c.snapshot, &c.view);
+        if (rc == 0)
+            rc = check_view(&c, data);
+        else if (rc == -EIO)
+            finding(&c, "its tree's root does not authenticate or cannot be read");
+        rc = rc == -ENOENT || rc == -EIO ? 0 : rc; /* gone meanwhile, or said */
+        all->findings += c.findings;
+    }
+    free(list.name);
+    return rc;
+}
+
 int volume_check_report(struct volume *v, bool data, const struct volume_report *report)
 {
-    struct check c = {.v = v,
-                      .report = report,
-                      .inodes = {.size = sizeof(struct seen_inode)},
-                      .extents = {.size = sizeof(struct seen_extent)}};
+    struct check c = check_new(v, report);
     int rc = view_open(v, true, &c.view);
 
     if (rc < 0) {
         finding(&c, "corrupt node: the tree's root does not authenticate or cannot be read");
         return c.findings;
     }
-    c.findings += view_check_super(&c.view, report->line, report->ctx);
-    view_lock(&c.view);
-    rc = check_structure(&c);
-    view_unlock(&c.view);
-    if (rc == 0 && data)
-        rc = check_contents(&c);
-    if (rc == 0 && view_stale(&c.view))
-        rc = -EBUSY; /* the space of what was being checked was needed */
-    view_close(&c.view);
-    table_free(&c.inodes);
-    table_free(&c.extents);
-    free(c.units);
+    rc = check_view(&c, data);
+    if (rc == 0)
+        rc = check_snapshots(&c, data);
+    free(c.good);
     volume_trim(v);
     return rc < 0 ? rc : c.findings;
 }

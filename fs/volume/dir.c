@@ -253,7 +253,7 @@ static int make_committed(struct volume *v, uint64_t dir, const char *name, cons
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, true);
+    rc = tx_begin(v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = make(&tx, dir, name, m, &i);
@@ -302,7 +302,7 @@ int vol_tmpfile(struct volume *v, uint64_t dir_ino, uint32_t mode, uint32_t uid,
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, true);
+    rc = tx_begin(v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = get_dir(&tx, dir_ino, &dir);
@@ -375,7 +375,7 @@ int vol_link(struct volume *v, uint64_t ino, uint64_t dir, const char *name, str
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, true);
+    rc = tx_begin(v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = link_inode(&tx, ino, dir, name, &i);
@@ -447,7 +447,7 @@ static int remove_committed(struct volume *v, uint64_t dir, const char *name, bo
         return -EINVAL;
     if (strcmp(name, "..") == 0)
         return directory ? -ENOTEMPTY : -EISDIR;
-    rc = tx_begin(v, &tx, false);
+    rc = tx_begin(v, &tx, TX_CHANGES);
     if (rc < 0)
         return rc;
     rc = remove_name(&tx, dir, name, directory, &gone);
@@ -645,7 +645,7 @@ static int rename_committed(struct volume *v, uint64_t dir, const char *name, ui
         rc = name_ok(newname);
     if (rc < 0)
         return rc == -EINVAL ? -EBUSY : rc; /* "." and ".." */
-    rc = tx_begin(v, &tx, true);
+    rc = tx_begin(v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = load_renaming(&tx, &r, dir, name, newdir, newname);

@@ -481,7 +481,7 @@ static int import_inode(struct in *in)
     in->inode = i;
     in->inodes++;
     i.blocks = 0;
-    rc = tx_begin(in->v, &tx, true);
+    rc = tx_begin(in->v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = tx_inode_put(&tx, &i);
@@ -505,7 +505,7 @@ static int import_item(struct in *in, enum item_kind kind)
     }
     if (in->len > ITEM_VALUE_MAX)
         return -EUCLEAN;
-    rc = tx_begin(in->v, &tx, true);
+    rc = tx_begin(in->v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     if (kind != ITEM_INLINE)
@@ -548,7 +548,7 @@ static int import_lost(struct in *in)
     if (!count || count > RANGE_LOST_MAX || count > blocks || block > blocks - count)
         return -EUCLEAN;
     d.count = le16_make((uint16_t)count);
-    rc = tx_begin(in->v, &tx, true);
+    rc = tx_begin(in->v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = tx_inode(&tx, in->inode.ino, &now);
@@ -565,7 +565,7 @@ static int import_done(struct in *in)
 {
     struct inode now;
     struct tx tx;
-    int rc = tx_begin(in->v, &tx, true);
+    int rc = tx_begin(in->v, &tx, TX_GROWS);
 
     if (rc < 0)
         return rc;

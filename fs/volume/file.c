@@ -586,7 +586,7 @@ static int commit_batch(struct volume *v, uint64_t ino, struct batch *b, const s
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, c->grows);
+    rc = tx_begin(v, &tx, c->grows ? TX_GROWS : TX_CHANGES);
     if (rc < 0) {
         batch_cancel(v, b);
         return rc;
@@ -648,7 +648,7 @@ static int write_inline(struct volume *v, const struct inode *old, uint64_t off,
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, size > old->size || n);
+    rc = tx_begin(v, &tx, size > old->size || n ? TX_GROWS : TX_CHANGES);
     if (rc < 0)
         return rc;
     rc = tx_inode(&tx, old->ino, &inode);
@@ -850,7 +850,7 @@ static int free_blocks(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi,
         struct inode inode;
         uint64_t freed = 0;
         struct tx tx;
-        int rc = tx_begin(v, &tx, false);
+        int rc = tx_begin(v, &tx, TX_CHANGES);
 
         if (rc < 0)
             return rc;
@@ -882,7 +882,7 @@ static int finish_trim(struct volume *v, uint64_t ino, uint64_t from)
     rc = free_blocks(v, ino, from, UINT64_MAX, false);
     if (rc < 0)
         return rc;
-    rc = tx_begin(v, &tx, false);
+    rc = tx_begin(v, &tx, TX_CHANGES);
     if (rc < 0)
         return rc;
     rc = tx_del(&tx, &key);
@@ -940,7 +940,7 @@ static int shrink_blocks(struct volume *v, const struct inode *old, uint64_t siz
     }
     if (rc < 0 && rc != -ENOENT)
         goto out;
-    rc = tx_begin(v, &tx, false);
+    rc = tx_begin(v, &tx, TX_CHANGES);
     if (rc < 0) {
         batch_cancel(v, b);
         goto out;
@@ -1175,7 +1175,7 @@ static int copy_step(struct volume *v, struct copy *c, size_t max, uint64_t size
 {
     struct inode to;
     struct tx tx;
-    int rc = tx_begin(v, &tx, true);
+    int rc = tx_begin(v, &tx, TX_GROWS);
 
     if (rc < 0)
         return rc;
@@ -1339,7 +1339,7 @@ static int destroy_step(struct volume *v, uint64_t ino)
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, false);
+    rc = tx_begin(v, &tx, TX_CHANGES);
     if (rc < 0)
         return rc;
     rc = tx_inode(&tx, ino, &inode);

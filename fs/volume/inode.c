@@ -146,7 +146,7 @@ int vol_setattr(struct volume *v, uint64_t ino, unsigned set, const struct vattr
         if (!set)
             return vol_getattr(v, ino, ret_attr);
     }
-    rc = tx_begin(v, &tx, false);
+    rc = tx_begin(v, &tx, TX_CHANGES);
     if (rc < 0)
         return rc;
     rc = tx_inode(&tx, ino, &i);

@@ -1,6 +1,8 @@
 /* node.c - see node.h; and tree_check_page, the one checker of nodes. */
 #include "fs/volume/node.h"
 
+#include "coffer/volume.h"
+
 #include <stdio.h>
 
 static struct disk_node *head(uint8_t *page)
@@ -195,6 +197,18 @@ static bool name_bytes_ok(const uint8_t *name, size_t n)
     return n > 0 && !memchr(name, 0, n) && !memchr(name, '/', n);
 }
 
+bool snapshot_name_ok(const char *name, size_t n)
+{
+    static const char first[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", more[] = "._-";
+
+    if (n < 1 || n > SNAPSHOT_NAME_MAX || !memchr(first, name[0], sizeof(first) - 1))
+        return false;
+    for (size_t i = 1; i < n; i++)
+        if (!memchr(first, name[i], sizeof(first) - 1) && !memchr(more, name[i], sizeof(more) - 1))
+            return false;
+    return true;
+}
+
 static bool mode_ok(uint32_t mode)
 {
     uint32_t type = mode >> 12;
@@ -260,6 +274,22 @@ static const char *check_extent(const uint8_t *v, size_t n)
     return n == sizeof(*d) + d->chunks * (sizeof(struct disk_chunk) + (d->refs ? sizeof(le16) : 0)) ? NULL : "length";
 }
 
+static const char *check_snapshot(const uint8_t *v, size_t n)
+{
+    const struct disk_snapshot *d = (const struct disk_snapshot *)v;
+    uint64_t units;
+
+    if (n < sizeof(*d) || d->namelen < 1 || d->namelen > SNAPSHOT_NAME_MAX || n != sizeof(*d) + d->namelen)
+        return "length";
+    if (d->reserved[0] || d->reserved[1] || d->reserved[2])
+        return "reserved";
+    units = le64_get(d->data_units);
+    if (units == 0 || units % REGION_UNITS || units > VOLUME_SIZE_MAX / UNIT_BYTES ||
+        le32_get(d->root_level) > NODE_LEVEL_MAX || le64_get(d->root.addr) == 0)
+        return "tree";
+    return snapshot_name_ok((const char *)v + sizeof(*d), d->namelen) ? NULL : "name";
+}
+
 /* What is wrong with a leaf's value, or NULL. */
 static const char *check_value(uint8_t kind, const uint8_t *v, size_t n)
 {
@@ -284,6 +314,8 @@ static const char *check_value(uint8_t kind, const uint8_t *v, size_t n)
         return check_extent(v, n);
     case ITEM_SPACE:
         return n == REGION_UNITS / 8 ? NULL : "length";
+    case ITEM_SNAPSHOT:
+        return check_snapshot(v, n);
     default:
         return "kind";
     }

@@ -2,9 +2,9 @@
  * space.c - see space.h. Owns the bitmaps and the two lists of released runs.
  *
  * Invariants, under the mutex:
- *  1. free_units = number of units with neither bit set, over all regions; region->free is its share.
- *  2. used + inflight + the released runs' units + free_units + punched * CHUNK_UNITS = regions * REGION_UNITS (but for
- *     chunks that are just being punched).
+ *  1. free_units = number of units with no bit set, over all regions; region->free is its share.
+ *  2. used + inflight + the released runs' units + free_units + punched * CHUNK_UNITS + those units that are held and
+ *     neither used nor busy = regions * REGION_UNITS (but for chunks that are just being punched).
  *  3. run_hint of a region is never below its longest free run.
  *  4. a region whose used bits differ from its SPACE item has dirty set; `dirty` counts these.
  *  5. a chunk (CHUNK_UNITS, aligned) whose bit in region->punched is set has no blocks in the backing file, or perhaps
@@ -13,6 +13,7 @@
  *  6. whole = number of groups (NODE_UNITS units at a multiple of that) of which all units are free; region->whole is
  * its share. Nodes are put into whole groups. The reserve is whole groups: free units in smaller pieces are for data
  * only, or a volume that is full of single blocks could not write the checkpoint that it needs to delete one.
+ *  7. held = units with the held bit; kept = those of them that are not used: what snapshots alone cost.
  */
 #include "fs/volume/space.h"
 
@@ -21,6 +22,7 @@
 struct region {
     uint64_t *used;
     uint64_t *busy;
+    uint64_t *held; /* by snapshots; NULL: none of them */
     uint32_t free;
     uint32_t whole;
     uint32_t run_hint;
@@ -44,9 +46,10 @@ struct space {
     uint64_t regions, regions_max;
     uint64_t limit, reserve;
     uint64_t used, inflight, free_units, whole, dirty;
+    uint64_t held, kept;
     uint64_t punched;     /* chunks */
     uint64_t grown;       /* the region that grow() gave space in */
-    bool keep;            /* the backing file takes no holes */
+    bool no_holes;        /* the backing file takes none */
     uint64_t cursor;      /* where the search for data goes on */
     uint64_t node_cursor; /* a region that had room for nodes */
     uint64_t hold;        /* names the holds of this time */
@@ -91,10 +94,31 @@ static bool bits_all(const uint64_t *map, uint32_t i, uint32_t n, bool value)
     return true;
 }
 
+static uint64_t held_word(const struct region *r, uint32_t word)
+{
+    return r->held ? r->held[word] : 0;
+}
+
+/* The units of a word that are not free. */
+static uint64_t taken_word(const struct region *r, uint32_t word)
+{
+    return r->used[word] | r->busy[word] | held_word(r, word);
+}
+
+/* Units of at .. at + n - 1 that snapshots hold. */
+static uint32_t count_held(const struct region *r, uint32_t at, uint32_t n)
+{
+    uint32_t count = 0;
+
+    for (uint32_t i = at; r->held && i < at + n; i++)
+        count += bit_get(r->held, i);
+    return count;
+}
+
 /* The groups of a word that are free, as a bit at each one's first unit. */
 static uint64_t whole_groups(const struct region *r, uint32_t word)
 {
-    uint64_t room = ~(r->used[word] | r->busy[word]);
+    uint64_t room = ~taken_word(r, word);
 
     room &= room >> 1;
     room &= room >> 2;
@@ -120,7 +144,7 @@ static uint32_t find_run(const struct region *r, uint32_t from, uint32_t want, b
     uint32_t best = 0, run = 0, start = 0;
 
     for (uint32_t i = from; i < REGION_UNITS; i++) {
-        uint64_t taken = r->used[i / 64] | r->busy[i / 64] | (scraps ? whole_groups(r, i / 64) * 15 : 0);
+        uint64_t taken = taken_word(r, i / 64) | (scraps ? whole_groups(r, i / 64) * 15 : 0);
 
         if (i % 64 == 0 && taken == UINT64_MAX) {
             run = 0;
@@ -149,6 +173,12 @@ static void set_dirty(struct space *s, struct region *r, bool dirty)
 {
     s->dirty += (uint64_t)dirty - (uint64_t)r->dirty;
     r->dirty = dirty;
+}
+
+/* What counts against the limit. */
+static uint64_t in_use(const struct space *s)
+{
+    return s->used + s->inflight + s->kept;
 }
 
 static void add_region(struct space *s)
@@ -186,7 +216,7 @@ int space_set_limit(struct space *s, uint64_t limit_units, uint64_t reserve_unit
     int rc = 0;
 
     pthread_mutex_lock(&s->mutex);
-    if (s->used + s->inflight + reserve_units > limit_units) {
+    if (in_use(s) + reserve_units > limit_units) {
         rc = -ENOSPC;
     } else {
         s->limit = limit_units;
@@ -204,6 +234,7 @@ void space_free(struct space *s)
     for (uint64_t i = 0; i < s->regions; i++) {
         free(s->region[i].used);
         free(s->region[i].busy);
+        free(s->region[i].held);
     }
     free(s->region);
     free(s->released.run);
@@ -373,11 +404,15 @@ int64_t space_alloc(struct space *s, uint64_t most, uint64_t want, uint64_t step
     int64_t rc = 0;
 
     pthread_mutex_lock(&s->mutex);
-    if (s->used + s->inflight + want + reserve > s->limit) {
+    if (s->held) { /* what is freed then may be kept: nothing would fill the reserve again */
+        from_reserve = false;
+        reserve = s->reserve;
+    }
+    if (in_use(s) + want + reserve > s->limit) {
         rc = -ENOSPC;
         goto out;
     }
-    if (most > want && s->used + s->inflight + most + reserve <= s->limit && s->free_units >= most + reserve &&
+    if (most > want && in_use(s) + most + reserve <= s->limit && s->free_units >= most + reserve &&
         may_break(s, most, from_reserve) && find_full(s, (uint32_t)most, &region, &at))
         got = (uint32_t)most;
     while (rc == 0 && !got) {
@@ -419,16 +454,17 @@ static struct region *region_of(struct space *s, uint64_t addr, uint64_t units)
     return &s->region[k];
 }
 
+/* Busy units become free, but for those that a snapshot holds. */
 static void make_free(struct space *s, uint64_t addr, uint64_t units)
 {
     struct region *r = region_of(s, addr, units);
-    uint32_t made;
+    uint32_t at = (uint32_t)(addr % REGION_UNITS), n = (uint32_t)units, made = n - count_held(r, at, n);
 
-    bits_set(r->busy, (uint32_t)(addr % REGION_UNITS), (uint32_t)units, false);
-    r->free += (uint32_t)units;
+    bits_set(r->busy, at, n, false);
+    r->free += made;
     r->run_hint = REGION_UNITS;
-    s->free_units += units;
-    made = count_whole(r, (uint32_t)(addr % REGION_UNITS), (uint32_t)units);
+    s->free_units += made;
+    made = count_whole(r, at, n);
     r->whole += made;
     s->whole += made;
 }
@@ -469,6 +505,7 @@ int space_commit(struct space *s, uint64_t addr, uint64_t units)
     }
     if (rc == 0) {
         s->used += units;
+        s->kept -= count_held(r, at, n);
         set_dirty(s, r, true);
     }
     pthread_mutex_unlock(&s->mutex);
@@ -502,6 +539,7 @@ int space_release(struct space *s, uint64_t addr, uint64_t units)
         bits_set(r->used, at, n, false);
         bits_set(r->busy, at, n, true);
         s->used -= units;
+        s->kept += count_held(r, at, n);
         set_dirty(s, r, true);
         run_push(&s->released, addr, units);
     }
@@ -558,10 +596,26 @@ bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes)
 
     nodes += MIN(units, 8 * NODE_UNITS); /* more is for data */
     pthread_mutex_lock(&s->mutex);
-    ok = s->used + s->inflight + need <= s->limit;
+    ok = in_use(s) + need <= s->limit;
     while (ok && (s->free_units < need || s->whole * NODE_UNITS < nodes) && can_grow(s))
         ok = grow(s) == 0;
     ok = ok && s->free_units >= need && s->whole * NODE_UNITS >= nodes;
+    pthread_mutex_unlock(&s->mutex);
+    return ok;
+}
+
+bool space_room_to_change(struct space *s, uint64_t dirty_nodes)
+{
+    uint64_t need = dirty_nodes * NODE_UNITS + s->reserve / 2;
+    bool ok = true;
+
+    pthread_mutex_lock(&s->mutex);
+    if (s->held) {
+        ok = in_use(s) + need <= s->limit;
+        while (ok && s->whole * NODE_UNITS < need && can_grow(s))
+            ok = grow(s) == 0;
+        ok = ok && s->whole * NODE_UNITS >= need;
+    }
     pthread_mutex_unlock(&s->mutex);
     return ok;
 }
@@ -620,7 +674,7 @@ uint64_t space_regions(struct space *s)
 void space_stat(struct space *s, uint64_t *ret_used, uint64_t *ret_limit, uint64_t *ret_reserve)
 {
     pthread_mutex_lock(&s->mutex);
-    *ret_used = s->used + s->inflight;
+    *ret_used = in_use(s);
     *ret_limit = s->limit;
     *ret_reserve = s->reserve;
     pthread_mutex_unlock(&s->mutex);
@@ -680,7 +734,7 @@ static bool chunk_free(const struct region *r, uint32_t chunk)
     const uint32_t words = CHUNK_UNITS / 64;
 
     for (uint32_t w = chunk * words; w < (chunk + 1) * words; w++)
-        if (r->used[w] | r->busy[w])
+        if (taken_word(r, w))
             return false;
     return true;
 }
@@ -722,7 +776,7 @@ static void give_back(struct space *s, const struct run *run)
 {
     uint64_t first = run->addr / CHUNK_UNITS, last = (run->addr + run->units - 1) / CHUNK_UNITS;
 
-    for (uint64_t c = first; c <= last && !s->keep && spare(s); c++) {
+    for (uint64_t c = first; c <= last && !s->no_holes && spare(s); c++) {
         uint64_t k = c / 64;
         int rc;
 
@@ -733,7 +787,7 @@ static void give_back(struct space *s, const struct run *run)
         rc = s->data->ops->punch(s->data, c * CHUNK_UNITS * UNIT_BYTES, CHUNK_UNITS * UNIT_BYTES);
         pthread_mutex_lock(&s->mutex);
         if (rc < 0) {
-            s->keep = true;
+            s->no_holes = true;
             make_free(s, c * CHUNK_UNITS, CHUNK_UNITS);
             continue;
         }
@@ -793,5 +847,59 @@ void space_unhold(struct space *s, uint64_t hold)
     pthread_mutex_lock(&s->mutex);
     if (s->holds && s->hold == hold)
         s->holds--;
+    pthread_mutex_unlock(&s->mutex);
+}
+
+/* --- snapshots --- */
+
+/* One word of a region's held bits becomes `now`. */
+static void set_held(struct space *s, uint64_t k, uint32_t word, uint64_t now)
+{
+    struct region *r = &s->region[k];
+    uint64_t before = held_word(r, word), added = now & ~before, gone = before & ~now;
+    uint64_t idle = ~(r->used[word] | r->busy[word]);
+    uint64_t first = k * REGION_UNITS + (uint64_t)word * 64;
+    uint32_t lost = (uint32_t)__builtin_popcountll(added & idle);
+    uint32_t groups = (uint32_t)__builtin_popcountll(whole_groups(r, word));
+
+    if (added && !r->held)
+        r->held = xcalloc(WORDS, 8);
+    if (added | gone)
+        r->held[word] = now;
+    s->held += (uint64_t)__builtin_popcountll(added) - (uint64_t)__builtin_popcountll(gone);
+    s->kept +=
+        (uint64_t)__builtin_popcountll(added & ~r->used[word]) - (uint64_t)__builtin_popcountll(gone & ~r->used[word]);
+    r->free -= lost;
+    s->free_units -= lost;
+    /* What nothing needs any more is freed as by any operation: after a checkpoint. */
+    r->busy[word] |= gone & idle;
+    for (uint64_t left = gone & idle; left; left &= left - 1)
+        run_push(&s->released, first + (uint64_t)__builtin_ctzll(left), 1);
+    groups -= (uint32_t)__builtin_popcountll(whole_groups(r, word));
+    r->whole -= groups;
+    s->whole -= groups;
+}
+
+static uint64_t bitmap_word(const uint8_t *bitmap, uint32_t word)
+{
+    le64 w;
+
+    memcpy(&w, bitmap + (size_t)word * 8, 8);
+    return le64_get(w);
+}
+
+void space_keep(struct space *s, uint64_t region, const uint8_t *bitmap)
+{
+    pthread_mutex_lock(&s->mutex);
+    for (uint32_t i = 0; region < s->regions && i < WORDS; i++)
+        set_held(s, region, i, held_word(&s->region[region], i) | bitmap_word(bitmap, i));
+    pthread_mutex_unlock(&s->mutex);
+}
+
+void space_keep_only(struct space *s, uint64_t region, const uint8_t *bitmap)
+{
+    pthread_mutex_lock(&s->mutex);
+    for (uint32_t i = 0; region < s->regions && i < WORDS; i++)
+        set_held(s, region, i, held_word(&s->region[region], i) & bitmap_word(bitmap, i));
     pthread_mutex_unlock(&s->mutex);
 }

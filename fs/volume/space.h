@@ -1,14 +1,17 @@
 /*
  * space.h - which units of `data` are used.
  *
- * Two bits a unit: used (the committed state, what SPACE items will hold) and busy (handed out by space_alloc but not
- * yet committed, or freed but not yet free in a durable checkpoint). A unit is given out only when both are 0. So the
+ * Bits of a unit: used (the committed state, what SPACE items will hold) and busy (handed out by space_alloc but not
+ * yet committed, or freed but not yet free in a durable checkpoint). A unit is given out only when all are 0. So the
  * used bits are at every instant exactly what the tree and the logged records reference.
  *
  *            space_alloc        space_commit       space_release        space_thaw
  *   free ---------------> busy -------------> used -------------> busy -------------> free
  *                          |  space_cancel                         (checkpoint durable)
  *                          `-------------> free
+ *
+ * A third bit says that a snapshot holds the unit: whatever the other two are, it is not given out. Such units count
+ * against the limit also when the volume itself does not use them any more.
  *
  * Own mutex; all functions may be called from any thread.
  */
@@ -51,6 +54,9 @@ int space_alloc_node(struct space *s, uint64_t *ret_addr);
 /* Is there room for an operation that adds `units`, with dirty_nodes still to be placed, besides the reserve? Nodes
  * need whole groups (space.c). */
 bool space_room(struct space *s, uint64_t units, uint64_t dirty_nodes);
+/* The same for operations that free something. Without snapshots there always is: each checkpoint gives back what it took
+ * from the reserve. With them it may not, and half the reserve stays for the checkpoint that removes one. */
+bool space_room_to_change(struct space *s, uint64_t dirty_nodes);
 /* Regions whose bitmap the next checkpoint writes. */
 uint64_t space_dirty_regions(struct space *s);
 /* Would a checkpoint, or the end of the one under way, make units free? */
@@ -79,5 +85,12 @@ void space_thaw(struct space *s);
 uint64_t space_hold(struct space *s);
 bool space_held(struct space *s, uint64_t hold);
 void space_unhold(struct space *s, uint64_t hold);
+
+/* --- snapshots (snapshot.c) --- */
+
+/* The units of a region's bitmap are held from now on. bitmap: like a SPACE item's. */
+void space_keep(struct space *s, uint64_t region, const uint8_t *bitmap);
+/* Only those of the bitmap stay held; what becomes free of it does so after the next checkpoint. */
+void space_keep_only(struct space *s, uint64_t region, const uint8_t *bitmap);
 
 #endif

@@ -23,8 +23,9 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#define INODE_STRIPES 256
-#define SYNC_PATTERNS 256
+#define INODE_STRIPES  256
+#define SYNC_PATTERNS  256
+#define SNAPSHOT_VIEWS 16
 
 #define IO_BUFFER_BYTES ((1u << 20) + (32u << 10)) /* 1 MiB that is not aligned has a part of a block at either end */
 #define IO_BUFFERS      8
@@ -59,6 +60,8 @@ struct volume {
     struct log *log;
     pthread_rwlock_t stripes[INODE_STRIPES];
     pthread_mutex_t checkpoint_mutex;
+    pthread_mutex_t snapshot_mutex;   /* taken before the others: making and removing snapshots */
+    uint64_t reading[SNAPSHOT_VIEWS]; /* [snapshot_mutex] the snapshots of views that are open; 0: none */
     pthread_mutex_t sync_mutex;
 
     /* Memory for ciphertext on its way, kept since new memory is slow; freed when the volume is idle. */

@@ -23,7 +23,21 @@ static bool has_room(struct volume *v)
 /* Units that one metadata operation may add: a few split nodes. */
 #define GROW_UNITS (8 * NODE_UNITS)
 
-int tx_begin(struct volume *v, struct tx *tx, bool grows)
+/* [state exclusive] */
+static bool room_for(struct volume *v, enum tx_room room)
+{
+    switch (room) {
+    case TX_GROWS:
+        return space_room(v->space, GROW_UNITS, tree_dirty_nodes(v->tree));
+    case TX_CHANGES:
+        return space_room_to_change(v->space, tree_dirty_nodes(v->tree));
+    case TX_LAST:
+        break;
+    }
+    return true;
+}
+
+int tx_begin(struct volume *v, struct tx *tx, enum tx_room room)
 {
     bool forced = false;
     int rc;
@@ -41,7 +55,7 @@ int tx_begin(struct volume *v, struct tx *tx, bool grows)
                 return rc;
             continue;
         }
-        if (!grows || space_room(v->space, GROW_UNITS, tree_dirty_nodes(v->tree)))
+        if (room_for(v, room))
             break;
         pthread_rwlock_unlock(&v->state);
         if (forced)

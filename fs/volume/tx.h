@@ -2,7 +2,7 @@
  * tx.h - a transaction: the changes of one operation, logged as one record and applied together.
  *
  *     struct tx tx;
- *     rc = tx_begin(v, &tx, grows);       takes the state lock exclusively
+ *     rc = tx_begin(v, &tx, TX_GROWS);     takes the state lock exclusively
  *     if (rc < 0) return rc;
  *     ... tx_get, tx_inode, tx_put, tx_del: reads see the transaction's own changes ...
  *     if (rc < 0) return tx_abort(&tx, rc);
@@ -36,12 +36,14 @@ struct tx {
     uint64_t next_inode;  /* becomes v->next_inode at commit */
 };
 
-/*
- * Waits for room in the log (a checkpoint may run), then takes the state lock exclusively. grows: the operation adds to the
- * volume, so that it is refused when only the reserve (for checkpoints, deletes and truncates) is left. -EROFS, -EIO,
- * -ENOSPC.
- */
-int tx_begin(struct volume *v, struct tx *tx, bool grows);
+enum tx_room {
+    TX_CHANGES, /* frees something, or changes what is there: refused only when snapshots keep so much that nothing can be freed */
+    TX_GROWS, /* adds to the volume: refused when only the reserve (for checkpoints, deletes and truncates) is left */
+    TX_LAST,  /* never refused: what removes a snapshot */
+};
+
+/* Waits for room in the log (a checkpoint may run), then takes the state lock exclusively. -EROFS, -EIO, -ENOSPC. */
+int tx_begin(struct volume *v, struct tx *tx, enum tx_room room);
 
 /* Copies the item's value, pending changes included. Returns its length, -ENOENT, -EIO, -ERANGE when cap is too small. */
 ssize_t tx_get(struct tx *tx, const struct tree_key *key, void *buf, size_t cap);

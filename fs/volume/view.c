@@ -37,12 +37,28 @@ static int open_live(struct volume *v, struct view *w)
     return 0;
 }
 
+/* The tree of w->super. */
+static int load(struct view *w)
+{
+    struct tree_io io = {read_node, w};
+    int rc;
+
+    w->exact = true;
+    w->generation = le64_get(w->super.generation);
+    w->regions = le64_get(w->super.data_units) / REGION_UNITS;
+    w->used_units = le64_get(w->super.used_units);
+    w->inodes = le64_get(w->super.inodes);
+    w->next_inode = le64_get(w->super.next_inode);
+    w->next_extent = le64_get(w->super.next_extent);
+    rc = tree_load(&io, CACHE_BYTES, &w->super.root, le32_get(w->super.root_level), &w->tree);
+    if (rc < 0)
+        view_close(w);
+    return rc;
+}
+
 int view_open(struct volume *v, bool fresh, struct view *ret_view)
 {
     struct view *w = ret_view;
-    struct tree_io io = {read_node, w};
-    struct disk_super super;
-    int rc;
 
     *w = (struct view){.v = v};
     if (!v->read_only && !v->failed && fresh)
@@ -51,21 +67,59 @@ int view_open(struct volume *v, bool fresh, struct view *ret_view)
         return open_live(v, w);
     /* Between checkpoints everything freed before the newest superblock is free already: the hold keeps the rest. */
     pthread_mutex_lock(&v->checkpoint_mutex);
-    super = v->super;
+    w->super = v->super;
     w->slot = v->super_slot;
     w->hold = space_hold(v->space);
     pthread_mutex_unlock(&v->checkpoint_mutex);
-    w->exact = true;
-    w->generation = le64_get(super.generation);
-    w->regions = le64_get(super.data_units) / REGION_UNITS;
-    w->used_units = le64_get(super.used_units);
-    w->inodes = le64_get(super.inodes);
-    w->next_inode = le64_get(super.next_inode);
-    w->next_extent = le64_get(super.next_extent);
-    rc = tree_load(&io, CACHE_BYTES, &super.root, le32_get(super.root_level), &w->tree);
+    return load(w);
+}
+
+/* [snapshot_mutex] */
+static int note_reader(struct volume *v, uint64_t generation)
+{
+    for (unsigned i = 0; i < SNAPSHOT_VIEWS; i++) {
+        if (v->reading[i])
+            continue;
+        v->reading[i] = generation;
+        return 0;
+    }
+    return -EMFILE;
+}
+
+/* name NULL: the one of that generation. */
+static int open_snapshot(struct volume *v, const char *name, uint64_t generation, struct view *w)
+{
+    struct snapshot s;
+    int rc;
+
+    *w = (struct view){.v = v};
+    pthread_mutex_lock(&v->snapshot_mutex);
+    pthread_rwlock_rdlock(&v->state);
+    rc = name ? snapshot_find(v->tree, name, &s) : snapshot_next(v->tree, generation, &s);
+    if (rc == 0 && !name && s.generation != generation)
+        rc = -ENOENT;
+    pthread_rwlock_unlock(&v->state);
+    if (rc == 0)
+        rc = note_reader(v, s.generation);
+    pthread_mutex_unlock(&v->snapshot_mutex);
     if (rc < 0)
-        view_close(w);
-    return rc;
+        return rc;
+    w->snapshot = s.generation;
+    pthread_mutex_lock(&v->checkpoint_mutex);
+    w->super = v->super;
+    pthread_mutex_unlock(&v->checkpoint_mutex);
+    snapshot_super(&s, &w->super);
+    return load(w);
+}
+
+int view_open_snapshot(struct volume *v, const char *name, struct view *ret_view)
+{
+    return open_snapshot(v, name, 0, ret_view);
+}
+
+int view_open_kept(struct volume *v, uint64_t generation, struct view *ret_view)
+{
+    return open_snapshot(v, NULL, generation, ret_view);
 }
 
 void view_close(struct view *w)
@@ -74,12 +128,23 @@ void view_close(struct view *w)
         return;
     tree_free(w->tree);
     w->tree = NULL;
-    space_unhold(w->v->space, w->hold);
+    if (!w->snapshot) {
+        space_unhold(w->v->space, w->hold);
+        return;
+    }
+    pthread_mutex_lock(&w->v->snapshot_mutex);
+    for (unsigned i = 0; i < SNAPSHOT_VIEWS; i++) {
+        if (w->v->reading[i] == w->snapshot) {
+            w->v->reading[i] = 0;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&w->v->snapshot_mutex);
 }
 
 bool view_stale(const struct view *w)
 {
-    return !w->live && !space_held(w->v->space, w->hold);
+    return !w->live && !w->snapshot && !space_held(w->v->space, w->hold);
 }
 
 void view_lock(struct view *w)
@@ -152,7 +217,7 @@ int view_check_super(struct view *w, void (*line)(void *ctx, const char *text), 
     struct volume *v = w->v;
     int findings = 0;
 
-    if (w->live)
+    if (w->live || w->snapshot)
         return 0;
     pthread_mutex_lock(&v->checkpoint_mutex);
     for (unsigned copy = 0; copy < SUPER_COPIES; copy++) {

@@ -13,16 +13,18 @@
 #ifndef COFFER_VIEW_H
 #define COFFER_VIEW_H
 
-#include "fs/volume/state.h"
+#include "fs/volume/snapshot.h"
 
 struct view {
     struct volume *v;
     struct tree *tree;
-    bool live;     /* the volume's own tree */
-    bool quiet;    /* damaged nodes are not reported (again) */
-    bool exact;    /* the SPACE items describe this very state */
-    uint64_t hold; /* of space.h */
-    unsigned slot; /* of the superblock */
+    bool live;               /* the volume's own tree */
+    bool quiet;              /* damaged nodes are not reported (again) */
+    bool exact;              /* the SPACE items describe this very state */
+    uint64_t hold;           /* of space.h */
+    unsigned slot;           /* of the superblock */
+    struct disk_super super; /* of the generation; of a snapshot, as far as it says it */
+    uint64_t snapshot;       /* its generation, or 0: the newest */
     uint64_t generation;
     uint64_t regions, used_units;
     uint64_t inodes, next_inode, next_extent;
@@ -30,8 +32,10 @@ struct view {
 
 /* Checkpoints first when that is possible and `fresh`. -EIO: the root cannot be read. */
 int view_open(struct volume *v, bool fresh, struct view *ret_view);
-/* Of a snapshot (of v's newest state), which cannot be removed until the view is closed. -ENOENT, -EIO. */
+/* Of a snapshot (of v's newest state), which cannot be removed until the view is closed. -ENOENT; -EMFILE: too many are open; -EIO. */
 int view_open_snapshot(struct volume *v, const char *name, struct view *ret_view);
+/* The same by its generation. */
+int view_open_kept(struct volume *v, uint64_t generation, struct view *ret_view);
 void view_close(struct view *w);
 /* Its space has been given out again. */
 bool view_stale(const struct view *w);

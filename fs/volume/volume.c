@@ -12,6 +12,7 @@
 #include "fs/volume/log.h"
 #include "fs/volume/recovery.h"
 #include "fs/volume/repair.h"
+#include "fs/volume/snapshot.h"
 #include "fs/volume/space.h"
 
 #include <sodium.h>
@@ -149,6 +150,7 @@ static struct volume *volume_new(struct store *data, struct store *log, const st
     for (unsigned i = 0; i < INODE_STRIPES; i++)
         pthread_rwlock_init(&v->stripes[i], NULL);
     pthread_mutex_init(&v->checkpoint_mutex, NULL);
+    pthread_mutex_init(&v->snapshot_mutex, NULL);
     pthread_mutex_init(&v->sync_mutex, NULL);
     pthread_mutex_init(&v->pattern_mutex, NULL);
     pthread_mutex_init(&v->io_mutex, NULL);
@@ -174,6 +176,7 @@ static void volume_free(struct volume *v)
     for (unsigned i = 0; i < INODE_STRIPES; i++)
         pthread_rwlock_destroy(&v->stripes[i]);
     pthread_mutex_destroy(&v->checkpoint_mutex);
+    pthread_mutex_destroy(&v->snapshot_mutex);
     pthread_mutex_destroy(&v->sync_mutex);
     pthread_mutex_destroy(&v->pattern_mutex);
     io_buffers_free(v);
@@ -380,6 +383,8 @@ static int load_state(struct volume *v)
     repair_free(v->repair);
     v->repair = NULL;
     if (rc == 0 && !v->read_only)
+        rc = snapshots_hold(v);
+    if (rc == 0 && !v->read_only)
         space_ready(v->space);
     return rc;
 }
@@ -417,6 +422,62 @@ int volume_open(struct store *data, struct store *log, const struct key *key, co
     if (rc == 0 && v->options.background && !v->read_only) {
         rc = -pthread_create(&v->thread, NULL, background, v);
         v->thread_running = rc == 0;
+    }
+    if (rc < 0) {
+        volume_abandon(v);
+        return rc;
+    }
+    *ret_volume = v;
+    return 0;
+}
+
+/* --- snapshots, on their own --- */
+
+/* The newest superblock's snapshot of that name. */
+static int find_snapshot(struct volume *v, const char *name, struct snapshot *ret)
+{
+    struct tree_io io = {read_node, v};
+    struct tree *tree = NULL;
+    int rc = recovery_super(v);
+
+    if (rc == 0)
+        rc = tree_load(&io, CACHE_DEFAULT, &v->super.root, le32_get(v->super.root_level), &tree);
+    if (rc == 0)
+        rc = snapshot_find(tree, name, ret);
+    tree_free(tree);
+    return rc;
+}
+
+/* The volume may be in use by somebody else: a tree that is two checkpoints old may be written over while it is read. */
+#define FIND_TRIES 5
+
+int volume_snapshot_open(struct store *data, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
+                         const char *snapshot, const struct volume_options *options, struct volume **ret_volume)
+{
+    struct volume_options o = {.read_only = true, .cache_bytes = options->cache_bytes, .ctx = options->ctx};
+    struct volume *v = volume_new(data, NULL, &o);
+    struct tree_io io = {read_node, v};
+    size_t cache = o.cache_bytes ? o.cache_bytes : CACHE_DEFAULT;
+    struct snapshot s;
+    int rc = vcrypt_self_test();
+
+    if (rc == 0)
+        rc = vkeys_derive(key, id, &v->keys);
+    if (rc == 0)
+        rc = find_snapshot(v, snapshot, &s);
+    for (int tries = 1; rc == -EIO && tries < FIND_TRIES; tries++)
+        rc = find_snapshot(v, snapshot, &s);
+    v->options.on_damage = options->on_damage;
+    if (rc == 0) {
+        snapshot_super(&s, &v->super);
+        v->space_lost = true; /* nothing is ever allocated */
+        set_geometry(v, 0);
+        v->next_inode = s.next_inode;
+        v->inodes = s.inodes;
+        atomic_store(&v->next_extent, s.next_extent);
+        v->generation = s.generation;
+        v->log = log_new(le64_get(v->super.log_segment), v->generation, 0);
+        rc = tree_load(&io, cache, &s.root, s.root_level, &v->tree);
     }
     if (rc < 0) {
         volume_abandon(v);
@@ -507,7 +568,8 @@ void volume_abandon(struct volume *v)
 {
     background_stop(v);
     v->data->ops->close(v->data);
-    v->logstore->ops->close(v->logstore);
+    if (v->logstore)
+        v->logstore->ops->close(v->logstore);
     volume_free(v);
 }
 
@@ -587,6 +649,8 @@ void volume_stat(struct volume *v, struct volume_stat *ret_stat)
     ret_stat->size_limit = (limit - reserve) * UNIT_BYTES;
     ret_stat->used = MIN(used, limit - reserve) * UNIT_BYTES;
     ret_stat->data_bytes = space_regions(v->space) * REGION_BYTES;
+    if (v->space_lost) /* nothing is known but this */
+        ret_stat->used = MIN(le64_get(v->super.used_units) * UNIT_BYTES, ret_stat->size_limit);
     ret_stat->inodes = v->inodes;
     ret_stat->generation = v->generation;
     ret_stat->dirty_nodes = tree_dirty_nodes(v->tree);

@@ -101,7 +101,7 @@ int vol_setxattr(struct volume *v, uint64_t ino, const char *name, const void *v
         return -E2BIG;
     if (flags & ~(XATTR_CREATE | XATTR_REPLACE))
         return -EINVAL;
-    rc = tx_begin(v, &tx, true);
+    rc = tx_begin(v, &tx, TX_GROWS);
     if (rc < 0)
         return rc;
     rc = set(&tx, ino, name, value, size, flags);
@@ -149,7 +149,7 @@ int vol_removexattr(struct volume *v, uint64_t ino, const char *name)
     struct tx tx;
     int rc;
 
-    rc = tx_begin(v, &tx, false);
+    rc = tx_begin(v, &tx, TX_CHANGES);
     if (rc < 0)
         return rc;
     rc = tx_inode(&tx, ino, &inode);

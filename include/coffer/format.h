@@ -35,15 +35,16 @@
 /* --- item keys: (kind, a, b) --- */
 
 #define ITEM_KINDS(X)                                                                                                  \
-    X(INODE, 1)  /* a: inode                                   disk_inode */                                           \
-    X(DIRENT, 2) /* a: directory, b: name's hash + probe       disk_dirent, name */                                    \
-    X(XATTR, 3)  /* a: inode, b: name's hash + probe           disk_xattr, name, value */                              \
-    X(INLINE, 4) /* a: inode                                   the file's bytes, or the symlink's target */            \
-    X(RANGE, 5)  /* a: inode, b: first block                   disk_range */                                           \
-    X(ORPHAN, 6) /* a: inode without a name                    nothing */                                              \
-    X(TRIM, 7)   /* a: inode                                   le64: blocks from here on are being freed */            \
-    X(EXTENT, 8) /* a: extent                                  disk_extent, chunks, refs */                            \
-    X(SPACE, 9)  /* a: region                                  bitmap, REGION_UNITS bits, 1 = used */
+    X(INODE, 1)     /* a: inode                                   disk_inode */                                        \
+    X(DIRENT, 2)    /* a: directory, b: name's hash + probe       disk_dirent, name */                                 \
+    X(XATTR, 3)     /* a: inode, b: name's hash + probe           disk_xattr, name, value */                           \
+    X(INLINE, 4)    /* a: inode                                   the file's bytes, or the symlink's target */         \
+    X(RANGE, 5)     /* a: inode, b: first block                   disk_range */                                        \
+    X(ORPHAN, 6)    /* a: inode without a name                    nothing */                                           \
+    X(TRIM, 7)      /* a: inode                                   le64: blocks from here on are being freed */         \
+    X(EXTENT, 8)    /* a: extent                                  disk_extent, chunks, refs */                         \
+    X(SPACE, 9)     /* a: region                                  bitmap, REGION_UNITS bits, 1 = used */               \
+    X(SNAPSHOT, 10) /* a: generation that it keeps             disk_snapshot, name */
 
 enum item_kind {
 #define X(name, number) ITEM_##name = (number),
@@ -196,6 +197,23 @@ struct disk_chunk {
 };
 _Static_assert(sizeof(struct disk_chunk) == 17, "disk_chunk");
 
+/* The tree of a generation that is kept. Its own SPACE items say which units it needs. */
+struct disk_snapshot {
+    struct disk_ptr root;
+    le32 root_level;
+    uint8_t reserved[3];
+    uint8_t namelen; /* 1 .. SNAPSHOT_NAME_MAX */
+    le64 created;    /* ns since 1970 */
+    le64 data_units; /* as in the superblock of that generation */
+    le64 used_units;
+    le64 next_inode;
+    le64 next_extent;
+    le64 inodes;
+};
+_Static_assert(sizeof(struct disk_snapshot) == 112, "disk_snapshot");
+
+#define SNAPSHOT_NAME_MAX 64
+
 /* --- superblock: 4096 bytes = nonce, sealed struct disk_super, MAC --- */
 
 #define SUPER_MAGIC            0x31726566666f6343ull /* "Coffer1" as bytes */
@@ -205,7 +223,8 @@ _Static_assert(sizeof(struct disk_chunk) == 17, "disk_chunk");
 #define SUPER_UNIT(slot, copy) ((uint64_t)(copy) * (REGION_UNITS / 2) + (slot))
 
 /* Incompatible features refuse to open, read-only-compatible ones allow reading, compatible ones are ignored. */
-#define FEATURES_INCOMPAT  0u
+#define FEATURE_SNAPSHOTS  1u /* incompatible: who does not know them would write over what they keep */
+#define FEATURES_INCOMPAT  FEATURE_SNAPSHOTS
 #define FEATURES_RO_COMPAT 0u
 
 #define SUPER_CLEAN 1u /* closed: no log record follows */

@@ -159,6 +159,8 @@ int volume_check(struct volume *v, bool data, void (*line)(void *ctx, const char
  * reads the newest generation, and holds nothing afterwards.
  */
 struct volume_scrub {
+    uint64_t
+        snapshot; /* the newest state first, then each snapshot's, as far as it differs from the one that came before */
     uint8_t kind; /* where it goes on */
     uint64_t a, b;
     bool over;

@@ -598,7 +598,7 @@ static void put_blocker(struct fixture *f, uint64_t dir, uint64_t at, uint64_t t
     struct tx tx;
 
     item.d.namelen = (uint8_t)snprintf(item.name, sizeof(item.name), "b%llx", (unsigned long long)at % 4096);
-    assert_int_equal(tx_begin(f->v, &tx, true), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_GROWS), 0);
     assert_int_equal(tx_put(&tx, &key, &item, sizeof(item.d) + item.d.namelen), 0);
     assert_int_equal(tx_commit(&tx), 0);
 }
@@ -608,7 +608,7 @@ static void del_item(struct fixture *f, enum item_kind kind, uint64_t a, uint64_
     struct tree_key key = tree_key(kind, a, b);
     struct tx tx;
 
-    assert_int_equal(tx_begin(f->v, &tx, false), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_CHANGES), 0);
     assert_int_equal(tx_del(&tx, &key), 0);
     assert_int_equal(tx_commit(&tx), 0);
 }
@@ -832,7 +832,7 @@ static void put_item(struct fixture *f, enum item_kind kind, uint64_t a, uint64_
     struct tree_key key = tree_key(kind, a, b);
     struct tx tx;
 
-    assert_int_equal(tx_begin(f->v, &tx, false), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_CHANGES), 0);
     assert_int_equal(tx_put(&tx, &key, value, len), 0);
     assert_int_equal(tx_commit(&tx), 0);
 }
@@ -937,7 +937,7 @@ static void test_check_items(void **state)
     del_item(f, ITEM_DIRENT, file, 5);
     assert_int_equal(check(f), 0);
 
-    assert_int_equal(tx_begin(f->v, &tx, false), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_CHANGES), 0);
     assert_int_equal(tx_get(&tx, &(struct tree_key){.kind = ITEM_RANGE, .a = file}, &r, sizeof(r)), sizeof(r));
     extent = le64_get(r.extent);
     assert_int_equal(
@@ -995,7 +995,7 @@ static void test_check_data(void **state)
     assert_int_equal(vol_write(f->v, file, 0, buf, sizeof(buf)), sizeof(buf));
     assert_int_equal(vol_write(f->v, file, 4 * 4096, buf, 4096), 4096); /* leaves a dead chunk in an extent */
     check_clean(f);
-    assert_int_equal(tx_begin(f->v, &tx, false), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_CHANGES), 0);
     assert_int_equal(tx_get(&tx, &(struct tree_key){.kind = ITEM_RANGE, .a = file}, &r, sizeof(r)), sizeof(r));
     n = tx_get(&tx, &(struct tree_key){.kind = ITEM_EXTENT, .a = le64_get(r.extent)}, value, sizeof(value));
     assert_int_equal(extent_decode(le64_get(r.extent), value, (size_t)n, &e), 0);
@@ -1029,12 +1029,12 @@ static void test_check_space(void **state)
     struct tx tx;
 
     assert_int_equal(space_alloc(f->v->space, 3, 3, 1, false, &addr), 3);
-    assert_int_equal(tx_begin(f->v, &tx, true), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_GROWS), 0);
     tx_alloc(&tx, addr, 3);
     assert_int_equal(tx_commit(&tx), 0);
     found(f, "3 units are marked used but nothing uses them");
     assert_non_null(strstr(f->text, "used units, have"));
-    assert_int_equal(tx_begin(f->v, &tx, true), 0);
+    assert_int_equal(tx_begin(f->v, &tx, TX_GROWS), 0);
     tx_free(&tx, addr, 3);
     assert_int_equal(tx_commit(&tx), 0);
     check_clean(f);
