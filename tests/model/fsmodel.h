@@ -1705,6 +1705,39 @@ static void op_checkpoint(struct world *w)
     w->synced = expect(w, volume_checkpoint(w->v), 0) && !w->in_doubt;
 }
 
+struct snapshot_pick {
+    char name[VOLUME_SNAPSHOT_NAME + 1];
+    unsigned n;
+    struct rng *rng;
+};
+
+static int pick_snapshot(void *ctx, const struct volume_snapshot *s)
+{
+    struct snapshot_pick *p = ctx;
+
+    if (rng_below(p->rng, ++p->n) == 0)
+        memcpy(p->name, s->name, sizeof(p->name));
+    return 0;
+}
+
+/* Up to four are there; they hold space, and volume_check holds them to what it holds the volume to. With them a full
+ * volume cannot even delete: there none is made, and what there is goes. */
+static void op_snapshot(struct world *w)
+{
+    struct snapshot_pick p = {.rng = &w->rng};
+
+    if (!expect(w, volume_snapshot_list(w->v, pick_snapshot, &p), 0))
+        return;
+    if (!world_full(w) && p.n < 4 && (p.n == 0 || rng_chance(&w->rng, 2))) {
+        snprintf(p.name, sizeof(p.name), "s%llx", (unsigned long long)rng_below(&w->rng, 1ull << 62));
+        world_op(w, "snapshot %s", p.name);
+        w->synced = expect_alt(w, volume_snapshot_create(w->v, p.name), 0, -EBUSY) && !w->in_doubt;
+    } else if (p.n > 0) {
+        world_op(w, "remove snapshot %s", p.name);
+        w->synced = expect_alt(w, volume_snapshot_remove(w->v, p.name), 0, -ENOENT) && !w->in_doubt;
+    }
+}
+
 static const struct {
     void (*run)(struct world *w);
     unsigned weight;
@@ -1716,7 +1749,7 @@ static const struct {
     {op_setattr, 40, true},   {op_setxattr, 20, true},  {op_removexattr, 8, true}, {op_getxattr, 10, false},
     {op_listxattr, 5, false}, {op_write, 130, true},    {op_copy, 25, true},       {op_read, 60, false},
     {op_fallocate, 20, true}, {op_seek, 15, false},     {op_fsync, 12, true},      {op_write_fsync, 15, true},
-    {op_sync, 3, true},       {op_checkpoint, 1, true},
+    {op_sync, 3, true},       {op_checkpoint, 1, true}, {op_snapshot, 6, true},
 };
 
 /* Runs one random operation. changes_only: none that only reads (they leave nothing for a crash to lose). */
