@@ -202,20 +202,28 @@ int file_read_all(int dirfd, const char *name, size_t max, char **ret_buf, size_
 
 /* --- names and numbers --- */
 
-bool volume_name_ok(const char *name)
+static bool name_ok(const char *name, size_t n, size_t max)
 {
-    size_t n = strnlen(name, VOLUME_NAME_MAX + 1);
-
-    if (n == 0 || n > VOLUME_NAME_MAX)
+    if (n == 0 || n > max)
         return false;
     for (size_t i = 0; i < n; i++) {
         char c = name[i];
         bool alnum = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
 
-        if (!alnum && (i == 0 || !strchr("_.-", c)))
+        if (!alnum && (i == 0 || !c || !strchr("_.-", c)))
             return false;
     }
     return true;
+}
+
+bool volume_name_ok(const char *name)
+{
+    return name_ok(name, strnlen(name, VOLUME_NAME_MAX + 1), VOLUME_NAME_MAX);
+}
+
+bool snapshot_name_ok(const char *name, size_t n)
+{
+    return name_ok(name, n, SNAPSHOT_NAME_MAX);
 }
 
 int size_parse(const char *s, uint64_t *ret_bytes)

@@ -108,6 +108,9 @@ void close_quiet(int fd);
 /* A volume name: [a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}. */
 #define VOLUME_NAME_MAX 128
 bool volume_name_ok(const char *name);
+#define SNAPSHOT_NAME_MAX 64
+/* A snapshot's name, n bytes without a NUL: 1 to 64 of letters, digits, '.', '_', '-', the first one a letter or digit. */
+bool snapshot_name_ok(const char *name, size_t n);
 /* "10G", "512M", "4096", with K M G T (powers of 1024), to bytes. 0 or -EINVAL, -ERANGE. */
 int size_parse(const char *s, uint64_t *ret_bytes);
 /* Lower-case hex; out has 2n+1 bytes. */

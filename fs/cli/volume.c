@@ -292,6 +292,44 @@ int cli_volume_resize(struct cli *c)
     return finish(c, req, "resized");
 }
 
+/* --- snapshots --- */
+
+int cli_snapshot(struct cli *c)
+{
+    json_t *req = cli_request_new(c), *text = json_string(c->operand[1]);
+
+    if (!text) {
+        json_decref(req);
+        return cli_usage(c, "the snapshot's name holds bytes that are not UTF-8");
+    }
+    json_object_set_new(req, "snapshot", text);
+    return finish(c, req, strstr(c->command->words, "create") ? "created" : "removed");
+}
+
+int cli_snapshot_ls(struct cli *c)
+{
+    json_t *answer = NULL, *s;
+    int rc = cli_request(c, cli_request_new(c), NULL, 0, &answer);
+    int width = 4;
+    size_t i;
+
+    if (rc || cli_print_json(c, answer))
+        goto out;
+    json_array_foreach(json_object_get(answer, "snapshots"), i, s) width =
+        MAX(width, (int)json_string_length(json_object_get(s, "name")));
+    printf("%-*s  %-20s  %8s\n", width, "NAME", "CREATED", "SIZE");
+    json_array_foreach(json_object_get(answer, "snapshots"), i, s)
+    {
+        char *name = cli_text(s, "name"), *created = cli_text(s, "created"), *used = bytes_text(s, "used");
+
+        printf("%-*s  %-20s  %8s\n", width, name, created, used);
+        free(name), free(created), free(used);
+    }
+out:
+    json_decref(answer);
+    return rc;
+}
+
 int cli_volume_restart_server(struct cli *c)
 {
     json_t *req, *answer = NULL, *one;

@@ -144,6 +144,17 @@ static int export_volume(struct run *r, struct volume *v)
     return rc;
 }
 
+/* --- snapshots --- */
+
+static int snapshot_line(void *ctx, const struct volume_snapshot *s)
+{
+    char text[SNAPSHOT_NAME_MAX + 64];
+
+    snprintf(text, sizeof(text), "%s %lld %llu", s->name, (long long)s->created, (unsigned long long)s->used);
+    on_line(ctx, text);
+    return 0;
+}
+
 /* --- the scrub --- */
 
 static void sleep_ns(int64_t ns)
@@ -210,6 +221,12 @@ static int do_task(struct run *r)
         rc = volume_resize(v, r->task.value);
     else if (v && r->task.kind == TASK_EXPORT)
         rc = export_volume(r, v);
+    else if (v && r->task.kind == TASK_SNAPSHOT_CREATE)
+        rc = volume_snapshot_create(v, r->task.name);
+    else if (v && r->task.kind == TASK_SNAPSHOT_REMOVE)
+        rc = volume_snapshot_remove(v, r->task.name);
+    else if (v && r->task.kind == TASK_SNAPSHOT_LIST)
+        rc = volume_snapshot_list(v, snapshot_line, r);
     life_leave();
     return rc;
 }
@@ -235,8 +252,9 @@ static int start(struct run *r)
     pthread_t t;
     int rc = 0;
 
-    if (r->task.kind < TASK_CHECK || r->task.kind > TASK_EXPORT || r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) ||
-        r->task.reserved || (scrub && r->task.value < SCRUB_RATE_MIN))
+    if (r->task.kind < TASK_CHECK || r->task.kind > TASK_SNAPSHOT_LIST ||
+        r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) || r->task.reserved ||
+        !memchr(r->task.name, 0, sizeof(r->task.name)) || (scrub && r->task.value < SCRUB_RATE_MIN))
         return -EINVAL;
     pthread_mutex_lock(&care_lock);
     if (*busy)
@@ -352,6 +370,45 @@ static int run_resize(struct job *j)
     return rc < 0 ? rc : close_volume(v, volume_resize(v, j->args->size));
 }
 
+/* Lists too: recovery writes, so that what is listed is what the next opening finds. */
+static int run_snapshot(struct job *j, int (*run)(struct job *j, struct volume *v))
+{
+    struct volume *v;
+    int rc = open_volume(j, &v);
+
+    return rc < 0 ? rc : close_volume(v, run(j, v));
+}
+
+static int create_in(struct job *j, struct volume *v)
+{
+    return volume_snapshot_create(v, j->args->snapshot ? j->args->snapshot : "");
+}
+
+static int remove_in(struct job *j, struct volume *v)
+{
+    return volume_snapshot_remove(v, j->args->snapshot ? j->args->snapshot : "");
+}
+
+static int list_in(struct job *j, struct volume *v)
+{
+    return volume_snapshot_list(v, snapshot_line, j->run);
+}
+
+static int run_snapshot_create(struct job *j)
+{
+    return run_snapshot(j, create_in);
+}
+
+static int run_snapshot_remove(struct job *j)
+{
+    return run_snapshot(j, remove_in);
+}
+
+static int run_snapshot_list(struct job *j)
+{
+    return run_snapshot(j, list_in);
+}
+
 static int run_export(struct job *j)
 {
     struct volume *v;
@@ -375,8 +432,15 @@ static int run_import(struct job *j)
 static const struct {
     const char *verb;
     int (*run)(struct job *j);
-} verbs[] = {{"format", run_format}, {"check", run_check},   {"repair", run_repair},
-             {"resize", run_resize}, {"export", run_export}, {"import", run_import}};
+} verbs[] = {{"format", run_format},
+             {"check", run_check},
+             {"repair", run_repair},
+             {"resize", run_resize},
+             {"export", run_export},
+             {"import", run_import},
+             {"snapshot-create", run_snapshot_create},
+             {"snapshot-remove", run_snapshot_remove},
+             {"snapshot-list", run_snapshot_list}};
 
 int care_run(const char *verb, const struct care_args *args)
 {
@@ -396,7 +460,9 @@ int care_run(const char *verb, const struct care_args *args)
     j.log = store_fd_take(SERVER_FD_LOG);
     rc = run(&j);
     key_free(&j.key);
-    if (rc < 0)
+    if (rc < 0 && strncmp(verb, "snapshot-", 9) == 0 && server_snapshot_error(rc))
+        control_failed("%s", server_snapshot_error(rc));
+    else if (rc < 0)
         control_failed(
             "%s failed: %s", verb,
             rc == -ENOSPC && run == run_resize ? "more than that is in use"

@@ -431,6 +431,52 @@ static int do_resize(struct request *r)
     return rc;
 }
 
+/* --- snapshots --- */
+
+static int change_snapshots(struct request *r,
+                            int (*change)(struct plugin_volume *v, const char *snapshot, struct why *why))
+{
+    json_t *name, *snapshot;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"snapshot", JSON_STRING, true, &snapshot}};
+    struct plugin_volume *v = NULL;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = change(v, json_string_value(snapshot), &r->why);
+    registry_unref(v);
+    return rc;
+}
+
+static int do_snapshot_create(struct request *r)
+{
+    return change_snapshots(r, volumes_snapshot_create);
+}
+
+static int do_snapshot_rm(struct request *r)
+{
+    return change_snapshots(r, volumes_snapshot_remove);
+}
+
+static int do_snapshot_ls(struct request *r)
+{
+    json_t *name, *list;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name}};
+    struct plugin_volume *v = NULL;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = volumes_snapshot_list(v, &list, &r->why);
+    registry_unref(v);
+    if (rc == 0)
+        r->out = json_pack("{s:o}", "snapshots", list);
+    return rc;
+}
+
 /* --- mounts --- */
 
 static int do_mount(struct request *r)
@@ -661,6 +707,9 @@ static const struct command {
     {"volume scrub", do_scrub, 0},
     {"volume resize", do_resize, 0},
     {"volume restart-server", do_restart_server, 0},
+    {"volume snapshot create", do_snapshot_create, 0},
+    {"volume snapshot ls", do_snapshot_ls, 0},
+    {"volume snapshot rm", do_snapshot_rm, 0},
     {"volume export", do_export, 2},
     {"volume import", do_import, 2},
     {"mount", do_mount, 0},

@@ -827,11 +827,10 @@ static int task_failed(int rc, struct why *why)
     }
 }
 
-int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, const int *fds, int nfds,
+int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds, int nfds,
                 const struct fsproc_sink *sink, struct why *why)
 {
-    struct server_task body = {.kind = kind, .value = value};
-    struct msg_head head = {.type = SERVER_TASK, .len = sizeof(body)};
+    struct msg_head head = {.type = SERVER_TASK, .len = sizeof(*task)};
     struct task t = {.sink = sink};
     int rc;
 
@@ -844,7 +843,7 @@ int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, co
     }
     t.id = head.id = p->next_id++;
     p->task = &t;
-    rc = msg_send(p->ctl, &head, &body, fds, nfds);
+    rc = msg_send(p->ctl, &head, task, fds, nfds);
     if (rc < 0)
         p->task = NULL;
     while ((rc == 0 && !t.done) || p->telling)
@@ -852,6 +851,8 @@ int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, co
     pthread_mutex_unlock(&p->lock);
     if (rc == 0)
         rc = t.result;
+    if (rc < 0 && task->kind >= TASK_SNAPSHOT_CREATE && server_snapshot_error(rc))
+        return why_set(why, rc, "%s", server_snapshot_error(rc));
     return rc < 0 ? task_failed(rc, why) : rc;
 }
 

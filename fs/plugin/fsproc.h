@@ -82,7 +82,7 @@ struct fsproc_sink {
 
 /* A task on the mounted volume, with the task's descriptors, which stay the caller's. The number of findings, or -errno with
  * the reason. */
-int fsproc_task(struct fsproc *p, enum server_task_kind kind, uint64_t value, const int *fds, int nfds,
+int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds, int nfds,
                 const struct fsproc_sink *sink, struct why *why);
 /* Hands it a volume channel made with the agent's generation-th process, unless it has one. 0 or -errno. */
 int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation);

@@ -603,6 +603,7 @@ struct care {
     enum server_task_kind task; /* of its server; 0: it must not be mounted */
     const char *option;
     uint64_t value;
+    const char *snapshot; /* a snapshot's name, or NULL */
     const int *fds;
     int nfds;
 };
@@ -623,8 +624,8 @@ static int care_unmounted(struct plugin_volume *v, const struct care *c, const s
     if (c->nfds)
         memcpy(fds + 3, c->fds, sizeof(int) * (size_t)c->nfds);
     if (rc == 0)
-        rc =
-            fsproc_run(c->verb, v->name, c->option, c->task == TASK_RESIZE ? value : NULL, fds, 3 + c->nfds, sink, why);
+        rc = fsproc_run(c->verb, v->name, c->option, c->task == TASK_RESIZE ? value : c->snapshot, fds, 3 + c->nfds,
+                        sink, why);
     for (int i = 0; i < 3; i++)
         close_quiet(fds[i]);
     return rc;
@@ -632,13 +633,16 @@ static int care_unmounted(struct plugin_volume *v, const struct care *c, const s
 
 static int care(struct plugin_volume *v, const struct care *c, const struct fsproc_sink *sink, struct why *why)
 {
+    struct server_task task = {.kind = c->task, .value = c->value};
     struct fsproc *fs = mounts_server_ref(v);
     int rc;
 
+    if (c->snapshot)
+        snprintf(task.name, sizeof(task.name), "%s", c->snapshot);
     if (fs && !c->task) {
         rc = why_set(why, -EBUSY, "volume %s is mounted: stop the containers that use it, or unmount it", v->name);
     } else if (fs) {
-        rc = fsproc_task(fs, c->task, c->value, c->fds, c->nfds, sink, why);
+        rc = fsproc_task(fs, &task, c->fds, c->nfds, sink, why);
     } else if (!c->verb) {
         rc = why_set(why, -EINVAL, "volume %s is not mounted: run coffer volume check --data %s", v->name, v->name);
     } else if (mutex_lock_for(&v->op_lock, MOUNTS_PATIENCE_MS) < 0) {
@@ -709,6 +713,83 @@ int volumes_export(struct plugin_volume *v, const int fds[2], const struct fspro
 
     agent_note(v->name, "export", "the operator exports the volume");
     return care(v, &c, sink, why);
+}
+
+/* --- snapshots --- */
+
+static int check_snapshot_name(const char *snapshot, struct why *why)
+{
+    if (snapshot_name_ok(snapshot, strlen(snapshot)))
+        return 0;
+    return why_set(why, -EINVAL,
+                   "a snapshot's name is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first");
+}
+
+static int change_snapshots(struct plugin_volume *v, const struct care *c, const char *done, struct why *why)
+{
+    static const struct fsproc_sink none;
+    char text[AGENT_TEXT_MAX];
+    int rc = check_snapshot_name(c->snapshot, why);
+
+    if (rc == 0)
+        rc = agent_need_unlocked(why);
+    if (rc == 0)
+        rc = care(v, c, &none, why);
+    if (rc < 0)
+        return rc;
+    snprintf(text, sizeof(text), "the operator %s the snapshot %s", done, c->snapshot);
+    agent_note(v->name, "snapshot", text);
+    return 0;
+}
+
+int volumes_snapshot_create(struct plugin_volume *v, const char *snapshot, struct why *why)
+{
+    const struct care c = {
+        .verb = "snapshot-create", .task = TASK_SNAPSHOT_CREATE, .option = "--snapshot", .snapshot = snapshot};
+
+    return change_snapshots(v, &c, "made", why);
+}
+
+int volumes_snapshot_remove(struct plugin_volume *v, const char *snapshot, struct why *why)
+{
+    const struct care c = {
+        .verb = "snapshot-remove", .task = TASK_SNAPSHOT_REMOVE, .option = "--snapshot", .snapshot = snapshot};
+
+    return change_snapshots(v, &c, "removed", why);
+}
+
+static void rfc3339(int64_t ns, char out[32]);
+
+/* A line as server.h has it; what is none is left out: coffer-fs may have been taken over. */
+static void add_snapshot(void *ctx, const char *text)
+{
+    const char *space = strchr(text, ' ');
+    long long created;
+    unsigned long long used;
+    char when[32];
+
+    if (!space || !snapshot_name_ok(text, (size_t)(space - text)) || sscanf(space, " %lld %llu", &created, &used) != 2)
+        return;
+    rfc3339(created, when);
+    json_array_append_new(ctx, json_pack("{s:s%, s:s, s:I}", "name", text, (size_t)(space - text), "created", when,
+                                         "used", (json_int_t)used));
+}
+
+int volumes_snapshot_list(struct plugin_volume *v, json_t **ret, struct why *why)
+{
+    static const struct care c = {.verb = "snapshot-list", .task = TASK_SNAPSHOT_LIST};
+    json_t *list = json_array();
+    const struct fsproc_sink sink = {.line = add_snapshot, .ctx = list};
+    int rc = agent_need_unlocked(why);
+
+    if (rc == 0)
+        rc = care(v, &c, &sink, why);
+    if (rc < 0) {
+        json_decref(list);
+        return rc;
+    }
+    *ret = list;
+    return 0;
 }
 
 /* --- the keystore's view --- */

@@ -197,18 +197,6 @@ static bool name_bytes_ok(const uint8_t *name, size_t n)
     return n > 0 && !memchr(name, 0, n) && !memchr(name, '/', n);
 }
 
-bool snapshot_name_ok(const char *name, size_t n)
-{
-    static const char first[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", more[] = "._-";
-
-    if (n < 1 || n > SNAPSHOT_NAME_MAX || !memchr(first, name[0], sizeof(first) - 1))
-        return false;
-    for (size_t i = 1; i < n; i++)
-        if (!memchr(first, name[i], sizeof(first) - 1) && !memchr(more, name[i], sizeof(more) - 1))
-            return false;
-    return true;
-}
-
 static bool mode_ok(uint32_t mode)
 {
     uint32_t type = mode >> 12;

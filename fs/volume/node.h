@@ -30,8 +30,6 @@ void node_set_key(uint8_t *page, unsigned i, const struct disk_key *key);
 void node_move(uint8_t *page, unsigned from, uint8_t *to);
 /* Packs the items and zeroes the gap, so that nothing of older items is left. */
 void node_compact(uint8_t *page);
-/* volume.h, volume_snapshot_name_ok; without a NUL. */
-bool snapshot_name_ok(const char *name, size_t n);
 void node_set_place(uint8_t *page, uint64_t addr, uint64_t birth);
 
 #endif

@@ -212,8 +212,6 @@ struct disk_snapshot {
 };
 _Static_assert(sizeof(struct disk_snapshot) == 112, "disk_snapshot");
 
-#define SNAPSHOT_NAME_MAX 64
-
 /* --- superblock: 4096 bytes = nonce, sealed struct disk_super, MAC --- */
 
 #define SUPER_MAGIC            0x31726566666f6343ull /* "Coffer1" as bytes */

@@ -3,7 +3,7 @@
  * channel), and how coffer-fs is started:
  *
  *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX --patience MS] [--strict] [--profile database]
- *   coffer-fs format|check|repair|resize|export|import NAME ...
+ *   coffer-fs format|check|repair|resize|export|import|snapshot-create|snapshot-remove|snapshot-list NAME ...
  *
  * with the descriptors below at fixed numbers, everything else closed, as its own user without any capability and with
  * no_new_privs; stderr goes to the log. coffer-fs opens no file of its own and then puts on seccomp and Landlock.
@@ -14,6 +14,8 @@
 #define COFFER_SERVER_H
 
 #include "agent.h"
+
+#include <errno.h>
 
 enum server_fd {
     SERVER_FD_CONTROL = 3, /* this protocol */
@@ -98,15 +100,38 @@ struct server_page {
 enum server_task_kind {
     TASK_CHECK = 1, /* value: 1 reads all content too */
     TASK_SCRUB, /* value: bytes a second; answered when it has begun (-EALREADY: one is running); it goes on by itself */
-    TASK_RESIZE, /* value: bytes */
-    TASK_EXPORT, /* fds: [secret, stream] */
+    TASK_RESIZE,          /* value: bytes */
+    TASK_EXPORT,          /* fds: [secret, stream] */
+    TASK_SNAPSHOT_CREATE, /* name */
+    TASK_SNAPSHOT_REMOVE, /* name */
+    TASK_SNAPSHOT_LIST,   /* a SERVER_LINE each: "NAME CREATED USED", ns since 1970 and bytes */
 };
 
 struct server_task {
     uint32_t kind; /* enum server_task_kind */
     uint32_t reserved;
     uint64_t value;
+    char name[72]; /* of a snapshot, then NULs; else NULs */
 };
+
+/* What went wrong with a snapshot, for one line; NULL: something else. */
+static inline const char *server_snapshot_error(int rc)
+{
+    switch (rc) {
+    case -EEXIST:
+        return "there is a snapshot of that name: choose another one";
+    case -ENOENT:
+        return "there is no snapshot of that name: `coffer volume snapshot ls` lists them";
+    case -EMFILE:
+        return "there are 256 snapshots: remove one";
+    case -EBUSY:
+        return "the snapshot is being read, or the volume is too full: try again";
+    case -ENOSPC:
+        return "the volume is full: remove something, or an older snapshot";
+    default:
+        return NULL;
+    }
+}
 
 struct server_progress {
     uint64_t done, total; /* bytes */
