@@ -84,7 +84,7 @@ static struct volume *open_images(struct fixture *f, struct image *image[2], boo
 
 static void format(struct fixture *f)
 {
-    struct volume_params p = {.block_size = 4096, .size_limit = 256 << 20, .log_segment = 256 << 10};
+    struct volume_params p = {.block_size = 4096, .size_limit = 256 << 20, .log_segment = 4 << 20};
     struct store *data, *log;
 
     p.root_mode = 0755;
@@ -457,7 +457,6 @@ static void test_shared_nodes(void **state)
     struct view *nothing = open_view(f->v), *old, *new;
     unsigned nodes = 0, changes = 0;
     struct vattr a;
-    uint64_t reads;
 
     /* Trees of other heights, both ways. */
     make_many(f, 20000);
@@ -468,7 +467,7 @@ static void test_shared_nodes(void **state)
     assert_int_equal(check_diff(old, old), 0);
     close_view(nothing);
     assert_int_equal(tree_visit(old->tree, count_node, &nodes), 0);
-    assert_true(nodes > 400);
+    assert_true(nodes > 200);
     assert_int_equal(vol_lookup(f->v, ROOT, "a-name-that-fills-leaves-777", &a), 0);
     assert_int_equal(vol_write(f->v, a.ino, 2, "x", 1), 1);
     new = open_view(f->v);
@@ -787,8 +786,9 @@ static void test_lost(void **state)
     assert_int_equal(import(f, &c), 0);
     same(f, f->v, f->imported);
     /* The last block is written whole, but is not full. */
-    assert_int_equal(vol_write(f->v, a.ino, 73 * 4096, buf + 73 * 4096, sizeof(buf) - 73 * 4096),
-                     sizeof(buf) - 73 * 4096);
+    assert_int_equal(vol_write(f->v, a.ino, 73 * 4096, buf, 4096), 4096);
+    a.size = sizeof(buf);
+    assert_int_equal(vol_setattr(f->v, a.ino, VOL_SET_SIZE, &a, &a), 0);
     assert_int_equal(vol_fallocate(f->v, a.ino, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 40 * 4096, 8192), 0);
     old = new;
     new = open_view(f->v);
@@ -888,7 +888,7 @@ static void test_limit(void **state)
     struct vattr a;
 
     assert_int_equal(export(f, old, NULL, &f->s[0]), 0);
-    assert_int_equal(volume_resize(f->v, 320 << 20), 0);
+    assert_int_equal(volume_resize(f->v, 400 << 20), 0);
     assert_int_equal(vol_mknod(f->v, ROOT, "big", S_IFREG | 0600, 0, 0, 0, &a), 0);
     for (unsigned k = 0; k < 270; k++)
         assert_int_equal(vol_write(f->v, a.ino, (uint64_t)k * MIB, buf, sizeof(buf)), sizeof(buf));
@@ -903,11 +903,10 @@ static void test_limit(void **state)
     assert_int_equal(export(f, new, old, &f->s[2]), 0);
     close_view(old);
     close_view(new);
-    /* Only small ones: the held state is gone with its space. */
     c = chain_of(f, 2);
     assert_int_equal(import(f, &c), 0);
     volume_get_params(f->imported, &p);
-    assert_int_equal(p.size_limit, 320 << 20);
+    assert_int_equal(p.size_limit, 400 << 20);
     assert_int_equal(import_with(f, &c, &(struct volume_params){.size_limit = 256 << 20}), -ENOSPC);
     c = chain_of(f, 3);
     assert_int_equal(import(f, &c), 0);
