@@ -18,6 +18,8 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -48,6 +50,7 @@ struct fixture {
     unsigned lines;
     char last[300];
     struct stream s[STREAMS];
+    atomic_bool stop;
     uint64_t dir[DIRS], held[HELD]; /* held: with a reference, perhaps without a name */
 };
 
@@ -701,6 +704,80 @@ static void test_random_chains(void **state)
     }
 }
 
+/* --- in use --- */
+
+static void *writer(void *arg)
+{
+    static uint8_t buf[4096];
+    struct fixture *f = arg;
+    struct vattr a, set = {0};
+
+    assert_int_equal(vol_mknod(f->v, ROOT, "long", S_IFREG | 0600, 0, 0, 0, &a), 0);
+    while (!f->stop) {
+        change(f, 50);
+        /* Many ranges, which are freed in steps: a state may have some behind the file's end. */
+        for (unsigned k = 0; k < 600; k++)
+            assert_true(vol_write(f->v, a.ino, (uint64_t)k * 8192, buf, sizeof(buf)) > 0);
+        set.size = rng_below(&f->rng, 3) * 100000;
+        assert_int_equal(vol_setattr(f->v, a.ino, VOL_SET_SIZE, &set, &set), 0);
+        set.size = rng_below(&f->rng, 8) * 1000000;
+        assert_int_equal(vol_setattr(f->v, a.ino, VOL_SET_SIZE, &set, &set), 0);
+    }
+    return NULL;
+}
+
+static int has_trim(void *ctx, const struct tree_iter *it)
+{
+    *(bool *)ctx = it->key.kind == ITEM_TRIM;
+    return 1;
+}
+
+static void test_in_use(void **state)
+{
+    struct fixture *f = *state;
+    unsigned n = 0, chains = 0, trims = 0;
+    struct view *old = NULL, *new;
+    struct chain c;
+    pthread_t t;
+
+    assert_int_equal(pthread_create(&t, NULL, writer, f), 0);
+    for (unsigned k = 0; k < 60 || n < 2; k++) {
+        bool trim = false, last = k >= 59;
+        int rc;
+
+        assert_true(k < 200);
+        if (last && !f->stop) {
+            f->stop = true;
+            pthread_join(t, NULL);
+        }
+        new = calloc(1, sizeof(*new));
+        assert_int_equal(view_open(f->v, true, new), 0);
+        view_walk(new, &(struct tree_key){.kind = ITEM_TRIM}, has_trim, &trim);
+        trims += trim;
+        if (n == STREAMS && !last)
+            n = 0;
+        rc = export(f, new, n ? old : NULL, &f->s[n % STREAMS]);
+        if (old)
+            view_close(old);
+        free(old);
+        old = new;
+        /* Its space was needed: from the beginning. */
+        n = rc == -EBUSY ? 0 : n + 1;
+        assert_true(rc == 0 || rc == -EBUSY);
+        if (n && (n == STREAMS - 1 || last)) {
+            c = chain_of(f, n);
+            assert_int_equal(import(f, &c), 0);
+            chains++;
+            if (!last)
+                n = 0;
+        }
+    }
+    view_close(old);
+    free(old);
+    print_message("%u chains, %u states with blocks behind a file's end\n", chains, trims);
+    same(f, f->v, f->imported);
+}
+
 /* --- what random changes do not come to --- */
 
 /* The two states come from two volumes that were one: `f->v` goes on, the copy stays as it is. */
@@ -1035,6 +1112,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_shared_nodes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_random_chains, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_in_use, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lost, setup, teardown),
         cmocka_unit_test_setup_teardown(test_unreadable, setup, teardown),
         cmocka_unit_test_setup_teardown(test_reused_inodes, setup, teardown),
