@@ -872,6 +872,17 @@ static int free_blocks(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi,
     return 0;
 }
 
+int file_free_blocks(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi)
+{
+    pthread_rwlock_t *stripe = inode_lock(v, ino);
+    int rc;
+
+    pthread_rwlock_wrlock(stripe);
+    rc = free_blocks(v, ino, lo, hi, false);
+    pthread_rwlock_unlock(stripe);
+    return rc;
+}
+
 /* [stripe exclusive] The TRIM item is there: frees from its block on, then removes it. */
 static int finish_trim(struct volume *v, uint64_t ino, uint64_t from)
 {

@@ -151,6 +151,8 @@ void refs_unknown_below(struct refs *r, uint64_t ino);
 int file_destroy(struct volume *v, uint64_t ino);
 /* Sets the size, mtime and ctime of a regular file. Called without locks. -EFBIG, -EISDIR, -EINVAL, -ENOSPC. */
 int file_set_size(struct volume *v, uint64_t ino, uint64_t size);
+/* Frees blocks lo .. hi - 1 of a file; its size and times stay. Called without locks. */
+int file_free_blocks(struct volume *v, uint64_t ino, uint64_t lo, uint64_t hi);
 /* Finishes what a TRIM item says. Called without locks, or during recovery. */
 int file_finish_trim(struct volume *v, uint64_t ino);
 /* A sync of the file was asked for. */

@@ -14,11 +14,22 @@ static int read_node(void *ctx, const struct disk_ptr *ptr, unsigned level, uint
     struct view *w = ctx;
     int rc = volume_read_node(w->v, ptr, level, page);
 
+    w->reads++;
     /* A node that another one was written over is no damage. */
     if (rc < 0 && !w->quiet && !view_stale(w))
         volume_damage(w->v, "data: tree node at unit %llu (level %u) %s", (unsigned long long)le64_get(ptr->addr),
                       level, rc == -EBADMSG ? "does not authenticate" : "cannot be read");
     return rc < 0 ? -EIO : 0;
+}
+
+int view_read_node(struct view *w, const struct disk_ptr *ptr, unsigned level, uint8_t *page)
+{
+    char why[160];
+    int rc = read_node(w, ptr, level, page);
+
+    if (rc == 0 && tree_check_page(page, le64_get(ptr->addr), le64_get(ptr->birth), level, why, sizeof(why)) < 0)
+        rc = -EIO;
+    return rc;
 }
 
 static int open_live(struct volume *v, struct view *w)
@@ -33,6 +44,12 @@ static int open_live(struct volume *v, struct view *w)
     w->next_inode = v->next_inode;
     w->next_extent = atomic_load(&v->next_extent);
     w->generation = v->generation;
+    /* Of a failed volume nobody knows what is on the disk. */
+    if (!v->failed && tree_dirty_nodes(v->tree) == 0) {
+        w->generation = le64_get(v->super.generation);
+        w->root = v->super.root;
+        w->root_level = le32_get(v->super.root_level);
+    }
     pthread_rwlock_unlock(&v->state);
     return 0;
 }
@@ -45,12 +62,14 @@ static int load(struct view *w)
 
     w->exact = true;
     w->generation = le64_get(w->super.generation);
+    w->root = w->super.root;
+    w->root_level = le32_get(w->super.root_level);
     w->regions = le64_get(w->super.data_units) / REGION_UNITS;
     w->used_units = le64_get(w->super.used_units);
     w->inodes = le64_get(w->super.inodes);
     w->next_inode = le64_get(w->super.next_inode);
     w->next_extent = le64_get(w->super.next_extent);
-    rc = tree_load(&io, CACHE_BYTES, &w->super.root, le32_get(w->super.root_level), &w->tree);
+    rc = tree_load(&io, CACHE_BYTES, &w->root, w->root_level, &w->tree);
     if (rc < 0)
         view_close(w);
     return rc;
@@ -159,6 +178,12 @@ void view_unlock(struct view *w)
         pthread_rwlock_unlock(&w->v->state);
 }
 
+void view_trim(struct view *w)
+{
+    if (!w->live && tree_wants_trim(w->tree))
+        tree_trim(w->tree);
+}
+
 static void key_step(struct tree_key *k)
 {
     if (++k->b == 0 && ++k->a == 0)
@@ -183,8 +208,7 @@ int view_walk(struct view *w, const struct tree_key *from, view_fn fn, void *ctx
         if (rc < 0)
             return rc == -ENOENT ? 0 : rc;
         key_step(&at);
-        if (!w->live && tree_wants_trim(w->tree))
-            tree_trim(w->tree);
+        view_trim(w);
     }
 }
 

@@ -26,6 +26,11 @@ struct view {
     struct disk_super super; /* of the generation; of a snapshot, as far as it says it */
     uint64_t snapshot;       /* its generation, or 0: the newest */
     uint64_t generation;
+    /* Where the tree is on the disk. addr 0: nowhere, since what recovery applied is in memory only; then generation
+     * names no state that anybody will see again. */
+    struct disk_ptr root;
+    unsigned root_level;
+    uint64_t reads; /* nodes that were read for it */
     uint64_t regions, used_units;
     uint64_t inodes, next_inode, next_extent;
 };
@@ -51,6 +56,10 @@ int view_walk(struct view *w, const struct tree_key *from, view_fn fn, void *ctx
 /* [view_lock] -ENOENT, -EIO. */
 int view_inode(struct view *w, uint64_t ino, struct inode *ret);
 int view_extent(struct view *w, uint64_t id, struct extent *ret);
+/* Reads and checks the node at ptr, past the cache; damage is reported. -EIO. */
+int view_read_node(struct view *w, const struct disk_ptr *ptr, unsigned level, uint8_t *page);
+/* Keeps the cache small, after a row of such calls: what these gave is not good any more. */
+void view_trim(struct view *w);
 
 /* Both copies of the view's superblock open, and say its generation? Reports to line() what does not; the number of it.
  */

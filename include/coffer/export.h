@@ -13,7 +13,8 @@
 struct key;
 
 #define EXPORT_MAGIC       0x315872656666f643ull /* the first 8 bytes of every stream */
-#define EXPORT_VERSION     1
+#define EXPORT_WHOLE       1 /* versions: a whole export, which readers of before increments know, too */
+#define EXPORT_INCREMENT   2 /* what changed since an earlier state */
 #define EXPORT_FRAME_PLAIN 65536u
 #define EXPORT_FRAME_BYTES (EXPORT_FRAME_PLAIN + 17u)
 #define EXPORT_MEM_MAX     (1ull << 30) /* bytes of Argon2id that a reader agrees to */
@@ -42,7 +43,7 @@ struct export_secret {
 
 /* Begins a head, and derives the wrapping key from the secret. -ENOMEM. */
 int export_secret_new(enum export_kind kind, const void *secret, size_t n, struct export_secret *ret);
-/* s->head was read: derives the key. -EINVAL: no export stream; -ENOTSUP: newer, or too dear; -EKEYREJECTED: another
+/* s->head was read, of any version: derives the key. -EINVAL: no export stream; -ENOTSUP: newer, or too dear; -EKEYREJECTED: another
  * secret; -ENOMEM. */
 int export_secret_open(const void *secret, size_t n, struct export_secret *s);
 
@@ -50,6 +51,10 @@ int export_secret_open(const void *secret, size_t n, struct export_secret *s);
 struct export_io {
     int (*write)(void *ctx, const void *buf, size_t n);
     int (*read)(void *ctx, void *buf, size_t n);
+    /* Called by an import or verification at a stream's end; NULL: there is one only. 1: from here on `read` gives an
+     * increment, whose head was read before and opened into *ret (which stays the caller's, until the next call or the
+     * end); 0: that was the last one; or a negative errno. */
+    int (*next)(void *ctx, const struct export_secret **ret);
     void *ctx;
 };
 
@@ -59,10 +64,13 @@ int volume_export(struct volume *v, const struct export_secret *s, const struct 
                   const struct volume_report *report);
 /* Makes a new volume in two empty stores (closed in every case) of a stream whose head was read. Of params id matters,
  * and where they are not 0 size_limit, block_size (which must be the stream's: -EINVAL) and with that profile.
- * -EBADMSG: altered or cut, at the place that line() says; -EUCLEAN: sealed so, but no volume. */
+ * -EBADMSG: altered or cut, at the place that line() says; -EUCLEAN: sealed so, but no volume. Increments that io->next
+ * brings are applied one after the other: -EINVAL where one is not based on the very state reached. After any error
+ * what is in the stores is no volume. */
 int volume_import(struct store *data, struct store *log, const struct key *key, const struct volume_params *params,
                   const struct export_secret *s, const struct export_io *io, const struct volume_report *report);
-/* Reads it to its end and authenticates all of it. */
+/* Reads it to its end and authenticates all of it. A whole export or an increment; what io->next brings, too, and that
+ * each is based on the one before. Errors as volume_import. */
 int export_verify(const struct export_secret *s, const struct export_io *io, struct volume_params *ret_params,
                   const struct volume_report *report);
 
