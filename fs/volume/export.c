@@ -699,14 +699,15 @@ struct in {
 
 __attribute__((format(printf, 3, 4))) static int bad(struct in *in, int err, const char *fmt, ...)
 {
-    char text[200];
-    int k = in->streams ? snprintf(text, sizeof(text), "increment %u: ", in->streams) : 0;
+    char text[200], line[230];
     va_list ap;
 
     va_start(ap, fmt);
-    vsnprintf(text + k, sizeof(text) - (size_t)k, fmt, ap);
+    vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
-    in->report->line(in->report->ctx, text);
+    if (in->streams)
+        snprintf(line, sizeof(line), "increment %u: %s", in->streams, text);
+    in->report->line(in->report->ctx, in->streams ? line : text);
     return err;
 }
 

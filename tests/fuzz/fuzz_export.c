@@ -140,7 +140,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         image_free(image[0]);
         image_free(image[1]);
     }
-    for (unsigned i = 0; i < in.n; i++)
+    for (unsigned i = 0; i < STREAMS_MAX; i++)
         free(in.s[i].at);
     return 0;
 }
