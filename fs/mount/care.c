@@ -28,6 +28,7 @@ struct run {
     struct server_task task;
     int fds[MSG_FDS_MAX];
     int nfds;
+    struct export_secret *next; /* of an import, in locked memory */
 };
 
 static pthread_mutex_t care_lock = PTHREAD_MUTEX_INITIALIZER; /* what follows */
@@ -131,7 +132,8 @@ static int take_secret(struct run *r, struct export_secret **ret)
     return 0;
 }
 
-static int export_volume(struct run *r, struct volume *v)
+/* Names that are empty or NULL: none. */
+static int export_volume(struct run *r, struct volume *v, const char *snapshot, const char *since)
 {
     struct export_io io = {.write = write_stream, .ctx = r};
     struct volume_report report = report_of(r);
@@ -139,7 +141,7 @@ static int export_volume(struct run *r, struct volume *v)
     int rc = take_secret(r, &s);
 
     if (rc == 0)
-        rc = volume_export(v, s, &io, &report);
+        rc = volume_export(v, snapshot && *snapshot ? snapshot : NULL, since && *since ? since : NULL, s, &io, &report);
     secmem_free(s);
     return rc;
 }
@@ -220,7 +222,7 @@ static int do_task(struct run *r)
     else if (v && r->task.kind == TASK_RESIZE)
         rc = volume_resize(v, r->task.value);
     else if (v && r->task.kind == TASK_EXPORT)
-        rc = export_volume(r, v);
+        rc = export_volume(r, v, r->task.name, r->task.since);
     else if (v && r->task.kind == TASK_SNAPSHOT_CREATE)
         rc = volume_snapshot_create(v, r->task.name);
     else if (v && r->task.kind == TASK_SNAPSHOT_REMOVE)
@@ -254,7 +256,8 @@ static int start(struct run *r)
 
     if (r->task.kind < TASK_CHECK || r->task.kind > TASK_SNAPSHOT_LIST ||
         r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) || r->task.reserved ||
-        !memchr(r->task.name, 0, sizeof(r->task.name)) || (scrub && r->task.value < SCRUB_RATE_MIN))
+        !memchr(r->task.name, 0, sizeof(r->task.name)) || !memchr(r->task.since, 0, sizeof(r->task.since)) ||
+        (scrub && r->task.value < SCRUB_RATE_MIN))
         return -EINVAL;
     pthread_mutex_lock(&care_lock);
     if (*busy)
@@ -414,18 +417,34 @@ static int run_export(struct job *j)
     struct volume *v;
     int rc = open_volume(j, &v);
 
-    return rc < 0 ? rc : close_volume(v, export_volume(j->run, v));
+    return rc < 0 ? rc : close_volume(v, export_volume(j->run, v, j->args->snapshot, j->args->since));
+}
+
+/* Increments' secrets follow each other in the pipe. */
+static int next_stream(void *ctx, const struct export_secret **ret)
+{
+    struct run *r = ctx;
+    ssize_t n;
+
+    if (!r->next)
+        r->next = secmem_alloc(sizeof(*r->next));
+    n = r->next ? read_upto(r->fds[0], r->next, sizeof(*r->next)) : -ENOMEM;
+    if (n <= 0)
+        return (int)n;
+    *ret = r->next;
+    return n == (ssize_t)sizeof(*r->next) ? 1 : -EPROTO;
 }
 
 static int run_import(struct job *j)
 {
-    struct export_io io = {.read = read_stream, .ctx = j->run};
+    struct export_io io = {.read = read_stream, .next = next_stream, .ctx = j->run};
     struct export_secret *s = NULL;
     int rc = take_secret(j->run, &s);
 
     if (rc == 0)
         rc = volume_import(j->data, j->log, j->key, &j->volume.params, s, &io, &j->report);
     secmem_free(s);
+    secmem_free(j->run->next);
     return rc;
 }
 
@@ -460,7 +479,7 @@ int care_run(const char *verb, const struct care_args *args)
     j.log = store_fd_take(SERVER_FD_LOG);
     rc = run(&j);
     key_free(&j.key);
-    if (rc < 0 && strncmp(verb, "snapshot-", 9) == 0 && server_snapshot_error(rc))
+    if (rc < 0 && (args->snapshot || args->since) && server_snapshot_error(rc))
         control_failed("%s", server_snapshot_error(rc));
     else if (rc < 0)
         control_failed(

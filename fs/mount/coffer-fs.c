@@ -285,7 +285,7 @@ static int usage(void)
         stderr,
         "usage: coffer-fs serve|format|check|repair|resize|export|import|snapshot-create|snapshot-remove|snapshot-list "
         "NAME "
-        "[--profile database] [--snapshot NAME] "
+        "[--profile database] [--snapshot NAME] [--since NAME] "
         "[--strict] [--data] [--size BYTES] [--mount-id HEX] [--takeover HEX] [--patience MS]; started by cofferd\n");
     return 2;
 }
@@ -320,6 +320,8 @@ int main(int argc, char **argv)
             args.size = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--snapshot") == 0 && i + 1 < argc && volume_snapshot_name_ok(argv[i + 1]))
             args.snapshot = argv[++i];
+        else if (strcmp(argv[i], "--since") == 0 && i + 1 < argc && volume_snapshot_name_ok(argv[i + 1]))
+            args.since = argv[++i];
         else if (strcmp(argv[i], "--profile") == 0 && i + 1 < argc && strcmp(argv[i + 1], "database") == 0)
             mount_config.database = true, i++;
         else

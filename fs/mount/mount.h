@@ -248,8 +248,8 @@ int sandbox_enter(void);
 
 struct care_args {
     bool data;
-    uint64_t size;        /* bytes, or 0 */
-    const char *snapshot; /* its name, or NULL */
+    uint64_t size;                /* bytes, or 0 */
+    const char *snapshot, *since; /* names, or NULL */
 };
 
 /* A task of cofferd's on the mounted volume, in a thread of its own, which answers. Takes the descriptors. */

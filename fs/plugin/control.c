@@ -373,8 +373,10 @@ static int do_check(struct request *r)
 
 static int do_export(struct request *r)
 {
-    json_t *name, *progress;
+    json_t *name, *snapshot, *since, *progress;
     const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"snapshot", JSON_STRING, false, &snapshot},
+                                          {"since", JSON_STRING, false, &since},
                                           {"progress", JSON_TRUE, false, &progress}};
     struct fsproc_sink sink = {send_line, NULL, r};
     struct plugin_volume *v = NULL;
@@ -386,7 +388,7 @@ static int do_export(struct request *r)
         sink.progress = send_progress;
     rc = take_volume(r, name, &v);
     if (rc == 0)
-        rc = volumes_export(v, r->fds, &sink, &r->why);
+        rc = volumes_export(v, json_string_value(snapshot), json_string_value(since), r->fds, &sink, &r->why);
     registry_unref(v);
     if (rc >= 0)
         r->out = json_pack("{s:i}", "findings", rc);

@@ -851,7 +851,7 @@ int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds
     pthread_mutex_unlock(&p->lock);
     if (rc == 0)
         rc = t.result;
-    if (rc < 0 && task->kind >= TASK_SNAPSHOT_CREATE && server_snapshot_error(rc))
+    if (rc < 0 && (task->name[0] || task->since[0]) && server_snapshot_error(rc))
         return why_set(why, rc, "%s", server_snapshot_error(rc));
     return rc < 0 ? task_failed(rc, why) : rc;
 }
@@ -884,16 +884,18 @@ int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation)
 
 /* --- runs to the end --- */
 
-int fsproc_run(const char *verb, const char *name, const char *option, const char *value, const int *fds, int nfds,
+int fsproc_run(const char *verb, const char *name, const char *const *options, const int *fds, int nfds,
                const struct fsproc_sink *sink, struct why *why)
 {
     static const struct fsproc_sink none;
-    const char *argv[] = {"coffer-fs", verb, name, option, value, NULL};
+    const char *argv[3 + FSPROC_OPTIONS_MAX + 1] = {"coffer-fs", verb, name};
     int pair[2], all[SPAWN_FDS_MAX], rc;
     struct task t = {.sink = sink ? sink : &none};
     struct fsproc *p = fsproc_new(name, &nobody, NULL);
     char how[AGENT_TEXT_MAX + 64];
 
+    for (int i = 0; options && options[i] && i < FSPROC_OPTIONS_MAX; i++)
+        argv[3 + i] = options[i];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
         rc = why_set(why, -errno, "socketpair: %s", strerror(errno));
         goto out;

@@ -87,12 +87,14 @@ int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds
 /* Hands it a volume channel made with the agent's generation-th process, unless it has one. 0 or -errno. */
 int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation);
 
+#define FSPROC_OPTIONS_MAX 4
+
 /*
- * Runs `coffer-fs VERB NAME`, with an option and its value where they are not NULL, to its end; fds become 3 + 1, ...
+ * Runs `coffer-fs VERB NAME OPTIONS` (NULL at their end, at most FSPROC_OPTIONS_MAX; NULL: none) to its end; fds become 3 + 1, ...
  * (server.h). Returns 0 or the number of findings (at least 1 when the volume is
  * damaged), or -errno with the reason.
  */
-int fsproc_run(const char *verb, const char *name, const char *option, const char *value, const int *fds, int nfds,
+int fsproc_run(const char *verb, const char *name, const char *const *options, const int *fds, int nfds,
                const struct fsproc_sink *sink, struct why *why);
 
 #endif

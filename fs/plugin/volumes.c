@@ -407,9 +407,9 @@ static int format(struct plugin_volume *v, const struct volume_import *import, s
     if (rc == 0)
         rc = agent_bind(v->name, AGENT_PURPOSE_FORMAT, &agent, why);
     if (rc == 0)
-        rc = import ? fsproc_run("import", v->name, NULL, NULL,
+        rc = import ? fsproc_run("import", v->name, NULL,
                                  (const int[]){agent, data, log, import->fds[0], import->fds[1]}, 5, import->sink, why)
-                    : fsproc_run("format", v->name, NULL, NULL, (const int[]){agent, data, log}, 3, NULL, why);
+                    : fsproc_run("format", v->name, NULL, (const int[]){agent, data, log}, 3, NULL, why);
     close_quiet(data);
     close_quiet(log);
     close_quiet(agent);
@@ -599,11 +599,11 @@ int volumes_remove(const char *name, struct why *why)
 /* --- looking after --- */
 
 struct care {
-    const char *verb;           /* of coffer-fs, for one that is not mounted; NULL: it must be */
-    enum server_task_kind task; /* of its server; 0: it must not be mounted */
-    const char *option;
+    const char *verb;                            /* of coffer-fs, for one that is not mounted; NULL: it must be */
+    enum server_task_kind task;                  /* of its server; 0: it must not be mounted */
+    const char *options[FSPROC_OPTIONS_MAX + 1]; /* of the verb */
     uint64_t value;
-    const char *snapshot; /* a snapshot's name, or NULL */
+    const char *snapshot, *since; /* names, or NULL */
     const int *fds;
     int nfds;
 };
@@ -613,9 +613,7 @@ static int care_unmounted(struct plugin_volume *v, const struct care *c, const s
                           struct why *why)
 {
     int fds[SPAWN_FDS] = {-1, -1, -1}, rc;
-    char value[24];
 
-    snprintf(value, sizeof(value), "%llu", (unsigned long long)c->value);
     rc = agent_need_unlocked(why);
     if (rc == 0)
         rc = mounts_open_backing(v, &fds[1], &fds[2], why);
@@ -624,8 +622,7 @@ static int care_unmounted(struct plugin_volume *v, const struct care *c, const s
     if (c->nfds)
         memcpy(fds + 3, c->fds, sizeof(int) * (size_t)c->nfds);
     if (rc == 0)
-        rc = fsproc_run(c->verb, v->name, c->option, c->task == TASK_RESIZE ? value : c->snapshot, fds, 3 + c->nfds,
-                        sink, why);
+        rc = fsproc_run(c->verb, v->name, c->options, fds, 3 + c->nfds, sink, why);
     for (int i = 0; i < 3; i++)
         close_quiet(fds[i]);
     return rc;
@@ -637,8 +634,8 @@ static int care(struct plugin_volume *v, const struct care *c, const struct fspr
     struct fsproc *fs = mounts_server_ref(v);
     int rc;
 
-    if (c->snapshot)
-        snprintf(task.name, sizeof(task.name), "%s", c->snapshot);
+    snprintf(task.name, sizeof(task.name), "%s", c->snapshot ? c->snapshot : "");
+    snprintf(task.since, sizeof(task.since), "%s", c->since ? c->since : "");
     if (fs && !c->task) {
         rc = why_set(why, -EBUSY, "volume %s is mounted: stop the containers that use it, or unmount it", v->name);
     } else if (fs) {
@@ -658,7 +655,7 @@ static int care(struct plugin_volume *v, const struct care *c, const struct fspr
 
 int volumes_check(struct plugin_volume *v, bool data, const struct fsproc_sink *sink, struct why *why)
 {
-    const struct care c = {.verb = "check", .task = TASK_CHECK, .option = data ? "--data" : NULL, .value = data};
+    const struct care c = {.verb = "check", .task = TASK_CHECK, .options = {data ? "--data" : NULL}, .value = data};
 
     return care(v, &c, sink, why);
 }
@@ -688,8 +685,11 @@ int volumes_scrub(struct plugin_volume *v, uint64_t rate, struct why *why)
 int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why)
 {
     static const struct fsproc_sink none;
-    const struct care c = {.verb = "resize", .task = TASK_RESIZE, .option = "--size", .value = size};
+    char value[24];
+    const struct care c = {.verb = "resize", .task = TASK_RESIZE, .options = {"--size", value}, .value = size};
     int rc;
+
+    snprintf(value, sizeof(value), "%llu", (unsigned long long)size);
 
     if (size < VOLUME_SIZE_MIN || size > VOLUME_SIZE_MAX)
         return why_set(why, -EINVAL, "size: give 64M to 16T");
@@ -707,16 +707,6 @@ int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why)
     return rc < 0 ? why_set(why, rc, "it is done, but the state file cannot be written: %s", strerror(-rc)) : 0;
 }
 
-int volumes_export(struct plugin_volume *v, const int fds[2], const struct fsproc_sink *sink, struct why *why)
-{
-    const struct care c = {.verb = "export", .task = TASK_EXPORT, .fds = fds, .nfds = 2};
-
-    agent_note(v->name, "export", "the operator exports the volume");
-    return care(v, &c, sink, why);
-}
-
-/* --- snapshots --- */
-
 static int check_snapshot_name(const char *snapshot, struct why *why)
 {
     if (snapshot_name_ok(snapshot, strlen(snapshot)))
@@ -724,6 +714,29 @@ static int check_snapshot_name(const char *snapshot, struct why *why)
     return why_set(why, -EINVAL,
                    "a snapshot's name is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first");
 }
+
+int volumes_export(struct plugin_volume *v, const char *snapshot, const char *since, const int fds[2],
+                   const struct fsproc_sink *sink, struct why *why)
+{
+    struct care c = {
+        .verb = "export", .task = TASK_EXPORT, .snapshot = snapshot, .since = since, .fds = fds, .nfds = 2};
+    const char **option = c.options;
+    int rc = snapshot ? check_snapshot_name(snapshot, why) : 0;
+
+    if (rc == 0 && since)
+        rc = check_snapshot_name(since, why);
+    if (rc < 0)
+        return rc;
+    if (snapshot)
+        *option++ = "--snapshot", *option++ = snapshot;
+    if (since)
+        *option++ = "--since", *option++ = since;
+    agent_note(v->name, "export",
+               since ? "the operator exports what changed of the volume" : "the operator exports the volume");
+    return care(v, &c, sink, why);
+}
+
+/* --- snapshots --- */
 
 static int change_snapshots(struct plugin_volume *v, const struct care *c, const char *done, struct why *why)
 {
@@ -744,16 +757,20 @@ static int change_snapshots(struct plugin_volume *v, const struct care *c, const
 
 int volumes_snapshot_create(struct plugin_volume *v, const char *snapshot, struct why *why)
 {
-    const struct care c = {
-        .verb = "snapshot-create", .task = TASK_SNAPSHOT_CREATE, .option = "--snapshot", .snapshot = snapshot};
+    const struct care c = {.verb = "snapshot-create",
+                           .task = TASK_SNAPSHOT_CREATE,
+                           .options = {"--snapshot", snapshot},
+                           .snapshot = snapshot};
 
     return change_snapshots(v, &c, "made", why);
 }
 
 int volumes_snapshot_remove(struct plugin_volume *v, const char *snapshot, struct why *why)
 {
-    const struct care c = {
-        .verb = "snapshot-remove", .task = TASK_SNAPSHOT_REMOVE, .option = "--snapshot", .snapshot = snapshot};
+    const struct care c = {.verb = "snapshot-remove",
+                           .task = TASK_SNAPSHOT_REMOVE,
+                           .options = {"--snapshot", snapshot},
+                           .snapshot = snapshot};
 
     return change_snapshots(v, &c, "removed", why);
 }

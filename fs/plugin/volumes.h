@@ -39,7 +39,8 @@ int volumes_repair(struct plugin_volume *v, const struct fsproc_sink *sink, stru
 /* Starts a scrub in the server of a mounted volume, at so many bytes a second. */
 int volumes_scrub(struct plugin_volume *v, uint64_t rate, struct why *why);
 /* Writes it into a stream; fds: secret, stream. The sink gets what cannot be read; its number. */
-int volumes_export(struct plugin_volume *v, const int fds[2], const struct fsproc_sink *sink, struct why *why);
+int volumes_export(struct plugin_volume *v, const char *snapshot, const char *since, const int fds[2],
+                   const struct fsproc_sink *sink, struct why *why);
 /* Changes its limit, mounted or not. */
 int volumes_snapshot_create(struct plugin_volume *v, const char *snapshot, struct why *why);
 int volumes_snapshot_remove(struct plugin_volume *v, const char *snapshot, struct why *why);

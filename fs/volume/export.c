@@ -659,15 +659,20 @@ int export_view(struct view *view, struct view *since, const struct export_secre
     return rc;
 }
 
-int volume_export(struct volume *v, const struct export_secret *s, const struct export_io *io,
-                  const struct volume_report *report)
+int volume_export(struct volume *v, const char *snapshot, const char *since, const struct export_secret *s,
+                  const struct export_io *io, const struct volume_report *report)
 {
-    struct view view;
-    int rc = view_open(v, true, &view);
+    struct view view, old;
+    int rc = snapshot ? view_open_snapshot(v, snapshot, &view) : view_open(v, true, &view);
 
     if (rc < 0)
         return rc;
-    rc = export_view(&view, NULL, s, io, report);
+    rc = since ? view_open_snapshot(v, since, &old) : 0;
+    if (rc == 0) {
+        rc = export_view(&view, since ? &old : NULL, s, io, report);
+        if (since)
+            view_close(&old);
+    }
     view_close(&view);
     volume_trim(v);
     return rc;
@@ -813,8 +818,12 @@ static int in_next(struct in *in)
 {
     const struct export_secret *s = NULL;
     uint32_t block_size = le32_get(in->params.params.block_size);
+    uint8_t more;
     int rc = in->io->next ? in->io->next(in->io->ctx, &s) : 0;
 
+    if (rc == 0 && in->io->read(in->io->ctx, &more, 1) != -ENODATA)
+        return bad(in, -EBADMSG, "something follows the stream's end at byte %llu",
+                   U(sizeof(*in->head) + in->frames * EXPORT_FRAME_BYTES));
     if (rc <= 0)
         return rc;
     in->streams++;
@@ -841,11 +850,10 @@ static void in_end(struct in *in)
     free(in);
 }
 
-/* END is the last record, in the last frame, and nothing follows. */
+/* END is the last record, in the last frame. */
 static int in_finish(struct in *in)
 {
     struct state_payload state = {0}; /* writers of before increments did not say it */
-    uint8_t more;
     int rc;
 
     if (in->len && in->len != sizeof(state))
@@ -858,9 +866,6 @@ static int in_finish(struct in *in)
     if (!in->final || le64_get(in->h.a) != in->inodes ||
         !sodium_is_zero(in->plain + in->at, EXPORT_FRAME_PLAIN - in->at))
         return bad(in, -EUCLEAN, "the stream does not end as it should");
-    if (in->io->read(in->io->ctx, &more, 1) != -ENODATA)
-        return bad(in, -EBADMSG, "something follows the stream's end at byte %llu",
-                   U(sizeof(*in->head) + in->frames * EXPORT_FRAME_BYTES));
     if (in->increment && memcmp(&state, &in->params.now, sizeof(state)) != 0)
         return bad(in, -EUCLEAN, "the stream's end is of another state than its beginning");
     in->state = state;

@@ -58,10 +58,14 @@ struct export_io {
     void *ctx;
 };
 
-/* Writes the whole stream of a generation that stands still, while the volume is used. What cannot be read is marked
- * lost in the stream, and a line. The number of lines, -EBUSY (as volume_check), -ECANCELED, or an error of write. */
-int volume_export(struct volume *v, const struct export_secret *s, const struct export_io *io,
-                  const struct volume_report *report);
+/*
+ * Writes the stream of a snapshot, or (NULL) of the newest generation, which stands still meanwhile, while the volume is used.
+ * since NULL: all of it; else what changed since that snapshot. What cannot be read is marked lost in the stream, and a
+ * line. The number of lines, -ENOENT: no such snapshot; -EINVAL: since is not the older one; -EBUSY (as volume_check),
+ * -ECANCELED, or an error of write.
+ */
+int volume_export(struct volume *v, const char *snapshot, const char *since, const struct export_secret *s,
+                  const struct export_io *io, const struct volume_report *report);
 /* Makes a new volume in two empty stores (closed in every case) of a stream whose head was read. Of params id matters,
  * and where they are not 0 size_limit, block_size (which must be the stream's: -EINVAL) and with that profile.
  * -EBADMSG: altered or cut, at the place that line() says; -EUCLEAN: sealed so, but no volume. Increments that io->next

@@ -25,8 +25,9 @@ enum server_fd {
     SERVER_FD_FUSE = 7,   /* /dev/fuse, mounted by cofferd; only for serve, as what follows */
     SERVER_FD_PAGE = 8,   /* struct server_page */
     SERVER_FD_PEER = 9,   /* cofferd's end of the control channel: not to be used, only kept for the next cofferd */
-    SERVER_FD_SECRET = 7, /* for export and import: a pipe with struct export_secret (fs/volume/export.h) */
-    SERVER_FD_STREAM = 8, /* for export and import: where the stream goes to, or comes from */
+    SERVER_FD_SECRET = 7, /* for export and import: a pipe with struct export_secret (export.h), one for each stream */
+    SERVER_FD_STREAM =
+        8, /* for export and import: where the stream goes to, or the streams come from, one after the other, each without its head */
 };
 
 enum server_type {
@@ -100,8 +101,8 @@ struct server_page {
 enum server_task_kind {
     TASK_CHECK = 1, /* value: 1 reads all content too */
     TASK_SCRUB, /* value: bytes a second; answered when it has begun (-EALREADY: one is running); it goes on by itself */
-    TASK_RESIZE,          /* value: bytes */
-    TASK_EXPORT,          /* fds: [secret, stream] */
+    TASK_RESIZE, /* value: bytes */
+    TASK_EXPORT, /* fds: [secret, stream]; name: of a snapshot, or nothing; since: of an earlier one, or nothing */
     TASK_SNAPSHOT_CREATE, /* name */
     TASK_SNAPSHOT_REMOVE, /* name */
     TASK_SNAPSHOT_LIST,   /* a SERVER_LINE each: "NAME CREATED USED", ns since 1970 and bytes */
@@ -111,7 +112,7 @@ struct server_task {
     uint32_t kind; /* enum server_task_kind */
     uint32_t reserved;
     uint64_t value;
-    char name[72]; /* of a snapshot, then NULs; else NULs */
+    char name[72], since[72]; /* of snapshots, then NULs; else NULs */
 };
 
 /* What went wrong with a snapshot, for one line; NULL: something else. */
@@ -122,6 +123,8 @@ static inline const char *server_snapshot_error(int rc)
         return "there is a snapshot of that name: choose another one";
     case -ENOENT:
         return "there is no snapshot of that name: `coffer volume snapshot ls` lists them";
+    case -EINVAL:
+        return "the snapshot to begin with is not the older one";
     case -EMFILE:
         return "there are 256 snapshots: remove one";
     case -EBUSY:

@@ -592,7 +592,7 @@ static void test_export(void **state)
     do {
         s.n = 0;
         assert_int_equal(export_secret_new(EXPORT_KEY_FILE, "secret", 6, &e), 0);
-        rc = volume_export(f->v, &e, &io, &r);
+        rc = volume_export(f->v, NULL, NULL, &e, &io, &r);
     } while (rc == -EBUSY);
     f->stop = true;
     pthread_join(t, NULL);
@@ -645,7 +645,7 @@ static void test_export(void **state)
     s.n = 0;
     assert_int_equal(export_secret_new(EXPORT_PASSPHRASE, "phrase", 6, &e), 0);
     f->lines = 0;
-    assert_int_equal(volume_export(f->v, &e, &io, &r), 1);
+    assert_int_equal(volume_export(f->v, NULL, NULL, &e, &io, &r), 1);
     assert_int_equal(f->lines, 1);
     assert_int_equal(import(f, &s, "phrase"), 0);
     assert_int_equal(volume_check(f->v, true, on_line, f), 0);
