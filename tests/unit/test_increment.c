@@ -189,6 +189,8 @@ static int chain_open(struct chain *c)
 {
     int rc;
 
+    if (!c->stream[c->at])
+        return -EINVAL;
     c->stream[c->at]->read = 0;
     rc = chain_read(c, &c->secret.head, sizeof(c->secret.head));
     return rc < 0 ? rc : export_secret_open("secret", 6, &c->secret);
