@@ -205,24 +205,34 @@ static void find_needs(struct kept_tree *t)
     }
 }
 
+/* The bitmap of a region, in the tree or found; NULL: that is not known. */
+static const uint8_t *needs_of(struct kept_tree *t, uint64_t region)
+{
+    struct tree_key key = tree_key(ITEM_SPACE, region, 0);
+    const uint8_t *bitmap;
+    size_t len;
+
+    if (!t->found) {
+        if (t->tree && tree_get(t->tree, &key, &bitmap, &len) == 0)
+            return bitmap;
+        find_needs(t);
+    }
+    return t->unread ? NULL : t->found + region * (REGION_UNITS / 8);
+}
+
 /* The units of a region that any of them needs. -EIO: that is not known. */
 static int region_needs(struct kept_tree *trees, int n, uint64_t region, uint8_t needs[REGION_UNITS / 8])
 {
     memset(needs, 0, REGION_UNITS / 8);
     for (int i = 0; i < n; i++) {
-        struct tree_key key = tree_key(ITEM_SPACE, region, 0);
         struct kept_tree *t = &trees[i];
-        const uint8_t *bitmap = NULL;
-        size_t len;
+        const uint8_t *bitmap;
 
         if (region >= t->regions)
             continue;
-        if (!t->found && (!t->tree || tree_get(t->tree, &key, &bitmap, &len) < 0))
-            find_needs(t);
-        if (t->unread)
+        bitmap = needs_of(t, region);
+        if (!bitmap)
             return -EIO;
-        if (t->found)
-            bitmap = t->found + region * (REGION_UNITS / 8);
         for (unsigned k = 0; k < REGION_UNITS / 8; k++)
             needs[k] |= bitmap[k];
         if (t->tree && tree_wants_trim(t->tree))
