@@ -82,14 +82,19 @@ static int take_fds(struct msghdr *m, int *got)
     return n;
 }
 
-static int wait_readable(int sock, int timeout_ms)
+static int64_t end_of(int timeout_ms)
+{
+    return mono_ns() + (int64_t)timeout_ms * 1000000;
+}
+
+/* end: on mono_ns()'s clock. */
+static int wait_readable(int sock, int64_t end)
 {
     struct pollfd p = {.fd = sock, .events = POLLIN};
-    int64_t end = mono_ns() + (int64_t)timeout_ms * 1000000;
 
     for (;;) {
-        int64_t left = timeout_ms < 0 ? -1 : (end - mono_ns() + 999999) / 1000000;
-        int r = poll(&p, 1, timeout_ms < 0 ? -1 : (int)MAX(left, 0));
+        int64_t left = (end - mono_ns() + 999999) / 1000000;
+        int r = poll(&p, 1, (int)MAX(left, 0));
 
         if (r > 0)
             return 0;
@@ -135,7 +140,7 @@ int msg_recv(int sock, struct msg_head *head, void *body, size_t cap, int *fds, 
 
     if (ret_nfds)
         *ret_nfds = 0;
-    if (timeout_ms >= 0 && (rc = wait_readable(sock, timeout_ms)) < 0)
+    if (timeout_ms >= 0 && (rc = wait_readable(sock, end_of(timeout_ms))) < 0)
         return rc;
     r = recv_iov(sock, iov, cap ? 2 : 1, fds, ret_nfds, timeout_ms < 0 ? 0 : MSG_DONTWAIT);
     if (r < 0)
@@ -179,7 +184,8 @@ int frame_send(int sock, const void *buf, size_t n, const int *fds, int nfds)
     return rc < 0 ? rc : 0;
 }
 
-static int recv_exact(int sock, void *buf, size_t n, int *fds, int *ret_nfds, int timeout_ms)
+/* end 0: there is none. */
+static int recv_exact(int sock, void *buf, size_t n, int *fds, int *ret_nfds, int64_t end)
 {
     size_t got = 0;
 
@@ -188,7 +194,7 @@ static int recv_exact(int sock, void *buf, size_t n, int *fds, int *ret_nfds, in
         ssize_t r;
         int rc;
 
-        if (timeout_ms >= 0 && (rc = wait_readable(sock, timeout_ms)) < 0)
+        if (end && (rc = wait_readable(sock, end)) < 0)
             return rc;
         r = recv_iov(sock, &iov, 1, got == 0 ? fds : NULL, got == 0 ? ret_nfds : NULL, 0);
         if (r < 0)
@@ -205,18 +211,20 @@ int frame_recv(int sock, char **ret_buf, size_t *ret_n, int *fds, int *ret_nfds,
     char *buf = NULL;
     size_t n = 0;
     le32 len;
+    /* Of the whole frame: a byte now and then does not buy time. */
+    int64_t end = timeout_ms < 0 ? 0 : end_of(timeout_ms);
     int rc;
 
     if (ret_nfds)
         *ret_nfds = 0;
-    rc = recv_exact(sock, &len, sizeof(len), fds, ret_nfds, timeout_ms);
+    rc = recv_exact(sock, &len, sizeof(len), fds, ret_nfds, end);
     if (rc == 0 && le32_get(len) > MSG_FRAME_MAX)
         rc = -EPROTO;
     if (rc == 0) {
         n = le32_get(len);
         buf = xmalloc(n + 1);
         buf[n] = 0;
-        rc = recv_exact(sock, buf, n, NULL, NULL, timeout_ms);
+        rc = recv_exact(sock, buf, n, NULL, NULL, end);
     }
     if (rc < 0) {
         for (int i = 0; ret_nfds && i < *ret_nfds; i++)

@@ -992,6 +992,22 @@ static uint64_t begin_window(struct plugin_volume *v, const struct engine_peer *
     return ref;
 }
 
+/* op_lock held. What is counted must survive us, or it is not given. */
+static int save_mount(struct plugin_volume *v, const char *id, bool local, struct why *why)
+{
+    struct why ignored;
+    int rc = registry_save();
+
+    if (rc == 0)
+        return 0;
+    if (local)
+        umount2(id, UMOUNT_NOFOLLOW | MNT_DETACH);
+    if (count_unmount(v, id, local) && !is_held(v))
+        teardown(v, NORMAL, &ignored);
+    return why_set(why, rc, "volume %s is not mounted: %s/cofferd.json cannot be written: %s", v->name,
+                   plugin_config.state_dir, strerror(-rc));
+}
+
 int mounts_engine_mount(struct plugin_volume *v, const char *id, const struct engine_peer *peer, struct why *why)
 {
     bool started;
@@ -1002,8 +1018,8 @@ int mounts_engine_mount(struct plugin_volume *v, const char *id, const struct en
     rc = prepare_mount(v, &started, why);
     if (rc == 0) {
         count_mount(v, id, false, &peer->process, begin_window(v, peer));
-        registry_save();
-        if (started)
+        rc = save_mount(v, id, false, why);
+        if (rc == 0 && started)
             agent_note(v->name, "mount", "by the container engine");
     }
     pthread_mutex_unlock(&v->op_lock);
@@ -1102,7 +1118,9 @@ int mounts_local_mount(struct plugin_volume *v, const char *dir, struct why *why
     rc = bind_dir(v, path, why);
     if (rc == 0) {
         count_mount(v, path, true, &self, 0);
-        registry_save();
+        rc = save_mount(v, path, true, why);
+        if (rc < 0)
+            goto out;
         text = xasprintf("at %s", path);
         agent_note(v->name, "mount", text);
         free(text);

@@ -172,6 +172,19 @@ coffer mount v "$T/a" >/dev/null
 cmp "$T/data" "$T/a/data" || fail "after down and up"
 coffer umount "$T/a" >/dev/null
 
+step "a mount that cannot be written down is not given"
+coffer volume create unwritten --size 64M --allow uid:0 >/dev/null
+mkdir "$T/unwritten"
+mv "$T/c/cofferd.json" "$T/cofferd.json"
+mkdir -p "$T/c/cofferd.json/in the way"
+one_line 1 'is not mounted: .*cofferd.json cannot be written' coffer mount unwritten "$T/unwritten"
+mountpoint -q "$T/unwritten" && fail "it is mounted all the same"
+rmdir "$T/c/cofferd.json/in the way" "$T/c/cofferd.json"
+mv "$T/cofferd.json" "$T/c/cofferd.json"
+coffer mount unwritten "$T/unwritten" >/dev/null || fail "mount when it can be written"
+echo here >"$T/unwritten/f"
+coffer umount "$T/unwritten" >/dev/null && coffer volume rm unwritten >/dev/null || fail "umount and rm"
+
 step "many volumes"
 for i in $(seq 12); do
     coffer volume create "many$i" --size 64M --allow uid:0 >/dev/null

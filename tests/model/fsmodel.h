@@ -1472,7 +1472,7 @@ static bool data_kind_ok(struct world *w, const struct m_inode *i, ssize_t rc)
         return true;
     if (w->faults && (rc == -EIO || rc == -EROFS))
         w->in_doubt = true; /* and not applied */
-    else if (rc != -EISDIR && rc != -EINVAL && rc != -EFBIG)
+    else if (rc != -EISDIR && rc != -EINVAL && rc != -EFBIG && !(rc == -ENOSPC && (w->faults || world_full(w))))
         world_fail(w, "on something that is no file: %zd", rc);
     return false;
 }
