@@ -529,7 +529,8 @@ static void answer_allowed(struct server *s, struct conn *c, struct pending *p, 
     int rc = 0;
 
     add_key(s, p->volume, p->auth.flags, &v);
-    if (!g || v.has_key)
+    /* A process of the host's pid namespace may be the host's root in the container's cgroup: each leaves a record. */
+    if (!g || v.has_key || (o->container >= 0 && p->caller->own_pid_ns))
         rc = audit_decision(s, p->grant ? "renew" : "release", p, container_id(p, o->container),
                             g ? g->facts : container_facts(p, o->container), o->reason);
     if (rc == 0)

@@ -25,6 +25,24 @@ refused 'permission denied' mv "$mnt/dir" "$mnt/dir2"
 audited 'refus|deny|denied' "the refusal of host root"
 before=$(coffer audit --json | grep -cE 'refus|deny|denied' || true)
 
+step "host root that joins the container's cgroup, with a mount namespace of its own: not stopped, but written down"
+before=$(coffer audit --json | grep -c '"event":"release"' || true)
+docker exec owner cat /data/dir/file >/dev/null # the container has a live grant
+expect "$before" "$(coffer audit --json | grep -c '"event":"release"' || true)" "records of the container's own processes"
+unshare -m bash -c '
+    pid=$1 file=$2
+    while IFS=: read -r _ controllers path; do
+        case $controllers in
+            "") dir=/sys/fs/cgroup/unified$path; [ -d "$dir" ] || dir=/sys/fs/cgroup$path ;;
+            name=*) dir=/sys/fs/cgroup/${controllers#name=}$path ;;
+            *) dir=/sys/fs/cgroup/$controllers$path ;;
+        esac
+        if [ -d "$dir" ]; then echo $$ >"$dir/cgroup.procs" || exit 9; fi
+    done </proc/$pid/cgroup
+    exec cat "$file"' - "$(docker inspect -f '{{.State.Pid}}' owner)" "$mnt/dir/file" >"$T/out" 2>"$T/err" || true
+grep -q 'Permission denied' "$T/err" || expect the-secret "$(cat "$T/out")" "what it got ($(cat "$T/err"))"
+[ "$(coffer audit --json | grep -c '"event":"release"')" -gt "$before" ] || fail "it left no record: $(coffer audit | tail -3)"
+
 step "a container with the host's / bound in"
 run thief -v /:/host coffer-test cat "/host$mnt/dir/file" >"$T/out" 2>"$T/err" && fail "the thief has read it"
 grep -qi 'permission denied' "$T/err" || fail "refused with another reason: $(cat "$T/err")"
