@@ -31,6 +31,7 @@
 
 #define BODY_MAX        (1u << 20)
 #define CONNECTIONS_MAX 512
+#define REQUEST_S       10u /* without a byte, until a request is there */
 #define ID_MAX          1024
 #define CONTENT_TYPE    "application/vnd.docker.plugins.v1.1+json"
 
@@ -408,6 +409,8 @@ static enum MHD_Result handle(void *ctx, struct MHD_Connection *conn, const char
     info = MHD_get_connection_info(conn, MHD_CONNECTION_INFO_CONNECTION_FD);
     if (!info)
         return MHD_NO;
+    /* The request is here: what it asks for may take longer, and engines keep idle connections. */
+    MHD_set_connection_option(conn, MHD_CONNECTION_OPTION_TIMEOUT, 0u);
     identify_peer(info->connect_fd, &peer);
     status = plugin_http_answer(url, r->body, r->n, &peer, &text, &r->mounted_name, &r->mounted_id);
     close_quiet(peer.pidfd);
@@ -445,8 +448,8 @@ int plugin_http_start(struct why *why)
         return why_set(why, sock, "cannot listen at %s: %s", plugin_config.plugin_socket, strerror(-sock));
     d = MHD_start_daemon(MHD_USE_THREAD_PER_CONNECTION | MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_POLL, 0, NULL, NULL,
                          handle, NULL, MHD_OPTION_LISTEN_SOCKET, sock, MHD_OPTION_CONNECTION_LIMIT, CONNECTIONS_MAX,
-                         MHD_OPTION_THREAD_STACK_SIZE, (size_t)(512 << 10), MHD_OPTION_NOTIFY_COMPLETED, completed,
-                         NULL, MHD_OPTION_END);
+                         MHD_OPTION_CONNECTION_TIMEOUT, REQUEST_S, MHD_OPTION_THREAD_STACK_SIZE, (size_t)(512 << 10),
+                         MHD_OPTION_NOTIFY_COMPLETED, completed, NULL, MHD_OPTION_END);
     if (!d) {
         close_quiet(sock);
         return why_set(why, -EIO, "cannot serve at %s", plugin_config.plugin_socket);

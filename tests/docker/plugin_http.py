@@ -446,6 +446,43 @@ def test_slow_clients():
 
 # --- mounting ---
 
+def test_half_open():
+    """As many connections as there may be, which say nothing or half a request, do not keep others out for long; one
+    that has asked and is answered may idle."""
+    idle = Plugin()
+    assert request("/Plugin.Activate", b"", conn=idle)[0] == 200
+    half = []
+    end = time.time() + 5
+    while len(half) < 511 and time.time() < end:  # the socket's queue is short: some have to try again
+        with contextlib.suppress(OSError):
+            s = raw(1)
+            half.append(s)
+            if len(half) % 2:
+                s.send(b"POST /VolumeDriver.List HTTP/1.1\r\nContent-Length: 20\r\n\r\n{")
+    assert len(half) > 400, len(half)
+    t = time.time()
+    while True:
+        with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+            alive()
+            break
+        assert time.time() - t < 25, "others are kept out"
+        time.sleep(0.5)
+    wait_for(lambda: all(closed(s) for s in half), "the end of half-open connections", 25)
+    assert request("/Plugin.Activate", b"", conn=idle)[0] == 200
+    for s in half:
+        s.close()
+
+
+def closed(s):
+    s.settimeout(0)
+    try:
+        return s.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def mount(name, mount_id, **more):
     return good("Mount", {"Name": name, "ID": mount_id}, **more)["Mountpoint"]
 
