@@ -131,10 +131,13 @@ static int run(const char *driver)
 
 int main(int argc, char **argv)
 {
+    int rc;
+
     log_program = "coffer-keyd";
     if (argc != 3 || strcmp(argv[1], "--driver") || !argv[2][0] || strlen(argv[2]) >= 64)
         return usage();
     if (!descriptors_ok())
         return 1;
-    return run(argv[2]) < 0 ? 1 : 0;
+    rc = run(argv[2]);
+    return rc == -EBADMSG ? KEYD_EXIT_DAMAGED : rc < 0 ? 1 : 0;
 }

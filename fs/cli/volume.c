@@ -88,7 +88,9 @@ int cli_status(struct cli *c)
         char *slots = cli_text(a, "slots"), *volumes = cli_text(a, "volumes"), *mounted = cli_text(a, "mounted");
         char *driver = cli_text(a, "driver"), *sock = cli_text(a, "plugin_socket"), *version = cli_text(a, "version");
 
-        if (!cli_flag(a, "agent"))
+        if (cli_flag(a, "keystore_damaged"))
+            puts("keystore  damaged: restore its file from a backup");
+        else if (!cli_flag(a, "agent"))
             puts("keystore  the key agent is down: cofferd starts it again, then run `coffer unlock`");
         else if (!cli_flag(a, "initialised"))
             puts("keystore  none yet: run `coffer init`");

@@ -2,6 +2,7 @@
 #include "agent_client.h"
 
 #include "fs/base/msg.h"
+#include "supervisor.h"
 
 #include <sodium.h>
 #include <stdio.h>
@@ -67,6 +68,8 @@ int agent_call(uint16_t type, const void *body, uint32_t len, const int *fds, in
     int sock = -1, rc;
 
     sock = connect_patiently();
+    if (sock < 0 && supervisor_keystore_damaged())
+        return why_set(why, -EHOSTDOWN, "the keystore file is damaged: restore it from a backup");
     if (sock < 0)
         return why_set(why, -EHOSTDOWN, "coffer-keyd does not answer (%s): look at cofferd's log", strerror(-sock));
     rc = msg_send(sock, &head, body, fds, nfds);

@@ -166,7 +166,8 @@ static int do_status(struct request *r)
         registry_unref(all[i]);
     }
     free(all);
-    r->out = json_pack("{s:b, s:b, s:I, s:I, s:I, s:s, s:s, s:b, s:s}", "initialised", (int)st.initialised, "unlocked",
+    r->out = json_pack("{s:b, s:b, s:b, s:I, s:I, s:I, s:s, s:s, s:b, s:s}", "keystore_damaged",
+                       (int)(!agent && supervisor_keystore_damaged()), "initialised", (int)st.initialised, "unlocked",
                        (int)st.unlocked, "slots", (json_int_t)st.slots, "volumes", (json_int_t)n, "mounted",
                        (json_int_t)mounted, "driver", plugin_config.driver, "plugin_socket",
                        plugin_config.plugin_socket, "agent", (int)agent, "version", COFFERD_VERSION);

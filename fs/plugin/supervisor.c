@@ -40,6 +40,7 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static enum keyd_state state = KEYD_LOOKING;
 static bool stop_asked;
 static uint64_t generation;
+static bool damaged; /* the last one found the keystore file so */
 static int broker_sock = -1;
 /* Of the thread only: */
 static struct process announced; /* whose generation it is */
@@ -128,6 +129,9 @@ static void reap_child(void)
     if (child_pidfd < 0 || spawn_wait_end(child_pidfd, 0) < 0)
         return;
     status = spawn_reap(child_pidfd);
+    pthread_mutex_lock(&lock);
+    damaged = status == KEYD_EXIT_DAMAGED;
+    pthread_mutex_unlock(&lock);
     if (stopping())
         log_info("coffer-keyd is stopped");
     else if (status > 128)
@@ -270,6 +274,16 @@ uint64_t supervisor_generation(void)
     g = generation;
     pthread_mutex_unlock(&lock);
     return g;
+}
+
+bool supervisor_keystore_damaged(void)
+{
+    bool is;
+
+    pthread_mutex_lock(&lock);
+    is = damaged && state != KEYD_UP;
+    pthread_mutex_unlock(&lock);
+    return is;
 }
 
 bool supervisor_is_up(void)

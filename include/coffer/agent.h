@@ -80,6 +80,8 @@ struct agent_index {
     uint32_t index;
 };
 
+#define KEYD_EXIT_DAMAGED 3 /* coffer-keyd's exit status: the keystore file is damaged; 1: something else */
+
 struct agent_status {
     uint8_t initialised, unlocked, reserved[2];
     uint32_t slots, volumes, channels, grants;

@@ -172,6 +172,25 @@ coffer mount v "$T/a" >/dev/null
 cmp "$T/data" "$T/a/data" || fail "after down and up"
 coffer umount "$T/a" >/dev/null
 
+step "a damaged keystore is called so"
+coffer down >/dev/null
+cp -p "$T/c/keystore/keystore" "$T/keystore.whole"
+truncate -s 10 "$T/c/keystore/keystore"
+cofferd_start
+for _ in $(seq 50); do
+    coffer status | grep -q '^keystore  damaged: restore' && break
+    sleep 0.1
+done
+coffer status | grep -q '^keystore  damaged: restore' || fail "status: $(coffer status)"
+one_line 1 'keystore file is damaged: restore' coffer unlock --key-file "$T/key"
+one_line 1 'keystore file is damaged: restore' coffer init --key-file "$T/key"
+cp -p "$T/keystore.whole" "$T/c/keystore/keystore"
+for _ in $(seq 100); do
+    coffer unlock --key-file "$T/key" >/dev/null 2>&1 && break
+    sleep 0.1
+done
+coffer status | grep -q '^keystore  unlocked' || fail "status after the restore: $(coffer status)"
+
 step "a mount that cannot be written down is not given"
 coffer volume create unwritten --size 64M --allow uid:0 >/dev/null
 mkdir "$T/unwritten"
