@@ -47,6 +47,13 @@ static int connect_patiently(void)
     return fd;
 }
 
+static int no_answer(int rc, struct why *why)
+{
+    if (supervisor_keystore_damaged())
+        return why_set(why, -EHOSTDOWN, "the keystore file is damaged: restore it from a backup");
+    return why_set(why, -EHOSTDOWN, "coffer-keyd does not answer (%s): look at cofferd's log", strerror(-rc));
+}
+
 /* A text that came over a socket, made fit for one line. */
 static int take_reply(const struct agent_reply *r, uint32_t len, struct why *why)
 {
@@ -68,15 +75,13 @@ int agent_call(uint16_t type, const void *body, uint32_t len, const int *fds, in
     int sock = -1, rc;
 
     sock = connect_patiently();
-    if (sock < 0 && supervisor_keystore_damaged())
-        return why_set(why, -EHOSTDOWN, "the keystore file is damaged: restore it from a backup");
     if (sock < 0)
-        return why_set(why, -EHOSTDOWN, "coffer-keyd does not answer (%s): look at cofferd's log", strerror(-sock));
+        return no_answer(sock, why);
     rc = msg_send(sock, &head, body, fds, nfds);
     if (rc == 0)
         rc = msg_recv(sock, &head, in.bytes, sizeof(in.bytes), NULL, NULL, timeout_ms);
     if (rc < 0) {
-        rc = why_set(why, -EHOSTDOWN, "coffer-keyd does not answer (%s): look at cofferd's log", strerror(-rc));
+        rc = no_answer(rc, why);
     } else if (head.id != 1) {
         rc = why_set(why, -EPROTO, "coffer-keyd sent an answer that is not understood");
     } else if (head.type == AGENT_REPLY) {

@@ -146,6 +146,15 @@ static int do_lock(struct request *r)
                                &r->why);
 }
 
+/* It may have come up a moment ago, so that its supervisor does not know yet. */
+static bool agent_listens(void)
+{
+    int sock = agent_connect();
+
+    close_quiet(sock);
+    return sock >= 0;
+}
+
 static int do_status(struct request *r)
 {
     struct agent_status st = {0};
@@ -158,7 +167,7 @@ static int do_status(struct request *r)
     if (rc < 0)
         return rc;
     /* Bounded: `coffer up` waits for this answer, not for coffer-keyd. */
-    agent = supervisor_is_up() &&
+    agent = (supervisor_is_up() || agent_listens()) &&
             agent_call(AGENT_STATUS, NULL, 0, NULL, 0, AGENT_STATUS, &st, sizeof(st), STATUS_MS, &ignored) == 0;
     registry_all_ref(&all, &n);
     for (size_t i = 0; i < n; i++) {

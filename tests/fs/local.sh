@@ -186,7 +186,8 @@ one_line 1 'keystore file is damaged: restore' coffer unlock --key-file "$T/key"
 one_line 1 'keystore file is damaged: restore' coffer init --key-file "$T/key"
 cp -p "$T/keystore.whole" "$T/c/keystore/keystore"
 for _ in $(seq 100); do
-    coffer unlock --key-file "$T/key" >/dev/null 2>&1 && break
+    coffer unlock --key-file "$T/key" >/dev/null 2>&1
+    coffer status | grep -q '^keystore  unlocked' && break
     sleep 0.1
 done
 coffer status | grep -q '^keystore  unlocked' || fail "status after the restore: $(coffer status)"
@@ -203,6 +204,39 @@ mv "$T/cofferd.json" "$T/c/cofferd.json"
 coffer mount unwritten "$T/unwritten" >/dev/null || fail "mount when it can be written"
 echo here >"$T/unwritten/f"
 coffer umount "$T/unwritten" >/dev/null && coffer volume rm unwritten >/dev/null || fail "umount and rm"
+
+step "every command with --json prints JSON"
+mkdir "$T/json"
+while read -r command; do
+    ls "$T/json" >/dev/null # unlocks it where it is mounted
+    # shellcheck disable=SC2086
+    coffer $command --json >"$T/out" 2>"$T/err" || fail "$command --json: $(cat "$T/err")"
+    python3 -c 'import json, sys; [json.loads(l) for l in open(sys.argv[1]).read().splitlines()] or sys.exit("nothing")' "$T/out" ||
+        fail "$command --json: $(cat "$T/out")"
+done <<P
+status
+volume create json --size 64M --allow uid:0
+volume ls
+mount json $T/json
+volume inspect json
+volume check json
+volume scrub json
+volume resize json 80M
+volume restart-server json
+volume snapshot create json s
+volume snapshot ls json
+volume snapshot rm json s
+policy allow json uid:1
+policy show json
+policy deny json uid:2
+policy remove json allow uid:1
+why json --pid $$
+umount $T/json
+volume accept-rollback json
+volume rm json
+audit
+audit verify
+P
 
 step "many volumes"
 for i in $(seq 12); do
