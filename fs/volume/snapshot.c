@@ -147,7 +147,8 @@ static int open_all(struct volume *v, struct kept_tree **ret)
         struct tree_io io = {read_node, t};
 
         t->v = v;
-        t->regions = s.data_units / REGION_UNITS;
+        /* Not more than there is, so that what an item says takes no memory. */
+        t->regions = MIN(s.data_units / REGION_UNITS, space_regions(v->space));
         memcpy(t->name, s.name, sizeof(t->name));
         if (tree_load(&io, CACHE_BYTES, &s.root, s.root_level, &t->tree) < 0)
             t->tree = NULL;

@@ -64,7 +64,7 @@ static int load(struct view *w)
     w->generation = le64_get(w->super.generation);
     w->root = w->super.root;
     w->root_level = le32_get(w->super.root_level);
-    w->regions = le64_get(w->super.data_units) / REGION_UNITS;
+    w->regions = MIN(le64_get(w->super.data_units) / REGION_UNITS, space_regions(w->v->space));
     w->used_units = le64_get(w->super.used_units);
     w->inodes = le64_get(w->super.inodes);
     w->next_inode = le64_get(w->super.next_inode);
