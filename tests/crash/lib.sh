@@ -9,6 +9,17 @@ fail() {
     exit 1
 }
 
+# control PATTERN COMMAND...: the command, on a disk that lies about flushes (lossyfs --lie), must fail with a line that matches:
+# what it looks for would be found.
+control() {
+    local pattern=$1 out
+    shift
+    out=$(LIE=400 "$@" 2>&1) && fail "the disk lies, and nothing was missed: $out"
+    grep -qE "^FAILED: .*($pattern)" <<<"$out" || fail "on a disk that lies: $out"
+    step "on a disk that lies: $(grep -m 1 "^FAILED: " <<<"$out" | cut -d " " -f 2-)"
+    exit 0
+}
+
 # power_fixture USER: the directory T, taken away at the end with all that runs in it.
 power_fixture() {
     T=$(mktemp -d /tmp/coffer-test.XXXXXX)
@@ -70,7 +81,7 @@ wait_mounted() {
 # power_on [MOUNTVOL OPTION...]: the disk, and the volume on it at T/mnt. Damage that it reports is a failure.
 power_on() {
     rm -f "$T/lossy.out" "$T/mount.out"
-    "$BUILD/tests/crash/lossyfs" "$T/disk" "$T/volume" --sync-us $((500 + RANDOM % 12000)) >"$T/lossy.out" 2>"$T/lossy.out.err" &
+    "$BUILD/tests/crash/lossyfs" "$T/disk" "$T/volume" --sync-us $((500 + RANDOM % 12000)) --lie "${LIE:-0}" >"$T/lossy.out" 2>"$T/lossy.out.err" &
     lossy=$!
     wait_mounted $lossy "$T/lossy.out"
     mkfifo "$T/orders.$lossy"

@@ -1,12 +1,15 @@
 /*
  * lossyfs.c - a directory with the files `data` and `log`, on a disk that loses at a power cut what was not flushed.
  *
- *     lossyfs DIR MOUNTPOINT [--seed N] [--sync-us N]
+ *     lossyfs DIR MOUNTPOINT [--seed N] [--sync-us N] [--lie N]
  *
  * Serves DIR/data and DIR/log at MOUNTPOINT from memory (FUSE, nothing cached by the kernel), so that a real coffer-fs,
  * in whatever it does, can be run on it. SIGUSR1 is the power cut: from then on every call fails; of what was not
  * flushed a random part is lost or torn at 512 bytes (recstore.h); what is left is written back into DIR, one line
  * tells what was lost, and the process ends. SIGTERM: the same, but nothing is lost.
+ *
+ * --lie: a disk that says it has flushed while the last N writes are in its cache: the cut leaves what an honest one would have
+ * left N writes ago. What is built on it must lose what it acknowledged: so it is seen that a test would notice.
  *
  * A call that was answered before the cut was answered before the state was taken: `power` is held shared by every
  * call.
@@ -29,6 +32,7 @@ static struct recorder rec = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 static struct crash crash = {.rec = &rec};
 static pthread_rwlock_t power = PTHREAD_RWLOCK_INITIALIZER;
 static bool off;
+static size_t lie;     /* writes */
 static bool exists[2]; /* was there, or was made since */
 
 __attribute__((format(printf, 1, 2), noreturn)) static void die(const char *fmt, ...)
@@ -100,7 +104,7 @@ static void settle(void)
 {
     size_t done, kept = 0;
 
-    crash_advance(&crash, rec.n);
+    crash_advance(&crash, rec.n > lie ? rec.n - lie : 0);
     done = MIN(crash.upto[0], crash.upto[1]);
     for (size_t i = 0; i < rec.n; i++) {
         if (i < done)
@@ -120,7 +124,9 @@ static void cut(bool lossy)
     /* Tearing and subsets are what finds faults; the other modes have the engine's own test. */
     static const enum crash_mode modes[] = {CRASH_TORN, CRASH_TORN,      CRASH_SUBSET,
                                             CRASH_NONE, CRASH_LAST_TORN, CRASH_LOG_ONLY};
-    enum crash_mode mode = lossy ? modes[rng_below(&crash.rng, ARRAY_LEN(modes))] : CRASH_ALL;
+    enum crash_mode mode = lossy && lie ? CRASH_NONE
+                           : lossy      ? modes[rng_below(&crash.rng, ARRAY_LEN(modes))]
+                                        : CRASH_ALL;
     struct image *image[2];
     size_t pending;
 
@@ -292,7 +298,8 @@ static const struct fuse_operations ops = {
 
 int main(int argc, char **argv)
 {
-    static const struct option options[] = {{"seed", 1, 0, 's'}, {"sync-us", 1, 0, 'u'}, {0, 0, 0, 0}};
+    static const struct option options[] = {
+        {"seed", 1, 0, 's'}, {"sync-us", 1, 0, 'u'}, {"lie", 1, 0, 'l'}, {0, 0, 0, 0}};
     static sigset_t set;
     char *fuse_argv[] = {"lossyfs", "-o", "allow_other", NULL};
     struct fuse_args args = FUSE_ARGS_INIT(3, fuse_argv);
@@ -307,11 +314,13 @@ int main(int argc, char **argv)
             crash.rng.s = strtoull(optarg, NULL, 0);
         else if (c == 'u')
             rec.sync_us = (unsigned)strtoul(optarg, NULL, 0);
+        else if (c == 'l')
+            lie = strtoul(optarg, NULL, 0);
         else
             optind = argc;
     }
     if (argc - optind != 2) {
-        fprintf(stderr, "usage: lossyfs DIR MOUNTPOINT [--seed N] [--sync-us N]\n");
+        fprintf(stderr, "usage: lossyfs DIR MOUNTPOINT [--seed N] [--sync-us N] [--lie N]\n");
         return 2;
     }
     dir = argv[optind];
