@@ -64,34 +64,35 @@ void snapshot_super(const struct snapshot *s, struct disk_super *super)
     super->inodes = le64_make(s->inodes);
 }
 
-int snapshot_next(struct tree *t, uint64_t from, struct snapshot *ret)
+/* What a lookup came to. */
+static int found(int rc, const struct tree_key *key, const uint8_t *value, struct snapshot *ret)
 {
-    struct tree_key key = tree_key(ITEM_SNAPSHOT, from, 0), found;
-    const uint8_t *value;
-    size_t len;
-    int rc = tree_ge(t, &key, &found, &value, &len);
-
     if (rc < 0)
         return rc;
-    if (found.kind != ITEM_SNAPSHOT)
+    if (key->kind != ITEM_SNAPSHOT)
         return -ENOENT;
-    decode(found.a, value, ret);
+    decode(key->a, value, ret);
     return 0;
+}
+
+int snapshot_next(struct tree *t, uint64_t from, struct snapshot *ret)
+{
+    struct tree_key at = tree_key(ITEM_SNAPSHOT, from, 0), key;
+    const uint8_t *value;
+    size_t len;
+    int rc = tree_ge(t, &at, &key, &value, &len);
+
+    return found(rc, &key, value, ret);
 }
 
 int snapshot_before(struct tree *t, uint64_t below, struct snapshot *ret)
 {
-    struct tree_key key = tree_key(ITEM_SNAPSHOT, below - 1, UINT64_MAX), found;
+    struct tree_key at = tree_key(ITEM_SNAPSHOT, below - 1, UINT64_MAX), key;
     const uint8_t *value;
     size_t len;
-    int rc = tree_le(t, &key, &found, &value, &len);
+    int rc = tree_le(t, &at, &key, &value, &len);
 
-    if (rc < 0)
-        return rc;
-    if (found.kind != ITEM_SNAPSHOT)
-        return -ENOENT;
-    decode(found.a, value, ret);
-    return 0;
+    return found(rc, &key, value, ret);
 }
 
 int snapshot_find(struct tree *t, const char *name, struct snapshot *ret)
