@@ -140,5 +140,5 @@ one_line() {
 
 # audited PATTERN WHAT: the audit log has a record that matches.
 audited() {
-    coffer audit --json | grep -qE -- "$1" || fail "not in the audit log: ${2:-$1}"
+    grep -qE -- "$1" <<<"$(coffer audit --json)" || fail "not in the audit log: ${2:-$1}"
 }

@@ -9,6 +9,7 @@ test_cleanup() { [ -e "/sys/fs/fuse/connections/$conn/abort" ] && echo 1 >"/sys/
 coffer volume create t --size 512M --allow uid:0 >/dev/null
 mkdir "$T/m"
 coffer mount t "$T/m" >/dev/null || fail "mount"
+mountpoint -q /sys/fs/fuse/connections || mount -t fusectl fusectl /sys/fs/fuse/connections
 dev=$(stat -c %d "$T/m") && conn=$((dev & 255 | dev >> 12 & 1048320))
 [ -d "/sys/fs/fuse/connections/$conn" ] || fail "there is no connection $conn"
 mkdir "$T/m/d"

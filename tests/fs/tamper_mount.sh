@@ -195,7 +195,7 @@ cofferd_start
 for _ in $(seq 50); do coffer unlock --key-file "$T/key" >/dev/null 2>&1; coffer status | grep -c '^keystore  unlocked' >/dev/null && break; sleep 0.1; done
 mountpoint -q "$T/m" || coffer mount tm "$T/m" >/dev/null 2>&1 || true
 ls "$T/m/l1" >/dev/null 2>&1 && fail "the volume opens without a record that was durable"
-damages | tail -n +$((seen + 1)) | grep -q 'log: record [0-9]* was durable and is damaged' || fail "no audit record of it: $(damages | tail -n 3)"
+grep -q 'log: record [0-9]* was durable and is damaged' <<<"$(damages | tail -n +$((seen + 1)))" || fail "no audit record of it: $(damages | tail -n 3)"
 coffer umount "$T/m" >/dev/null 2>&1 || umount -l "$T/m" 2>/dev/null || true
 flip_log
 mountpoint -q "$T/m" || coffer mount tm "$T/m" >/dev/null || fail "mount after it was put back"
