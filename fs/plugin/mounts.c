@@ -403,6 +403,8 @@ static bool death_allowed(struct plugin_volume *v)
     return !v->death_ns[0] || mono_ns() - v->death_ns[0] > (int64_t)DEATHS_MS * 1000000;
 }
 
+#define FUSECTL "/sys/fs/fuse/connections"
+
 /* Ends the connection, so that nobody waits for ever: a thread of the dead server may keep the device open. op_lock held. */
 static void fuse_abort(struct plugin_volume *v)
 {
@@ -411,8 +413,12 @@ static void fuse_abort(struct plugin_volume *v)
     int fd = -1;
 
     if (mountinfo_device(path, dev) == 0 && (minor = strchr(dev, ':'))) {
-        abort = xasprintf("/sys/fs/fuse/connections/%s/abort", minor + 1);
+        abort = xasprintf(FUSECTL "/%s/abort", minor + 1);
         fd = open(abort, O_WRONLY | O_CLOEXEC);
+        /* Where nobody has mounted it (systemd does). */
+        if (fd < 0 && errno == ENOENT &&
+            mount("fusectl", FUSECTL, "fusectl", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) == 0)
+            fd = open(abort, O_WRONLY | O_CLOEXEC);
         if (fd < 0 || write_full(fd, "1", 1) < 0)
             log_info("cannot write %s", abort);
         close_quiet(fd);
