@@ -519,15 +519,19 @@ static void log_missing_privilege(void)
     said = true;
 }
 
-static int start_process(const char *const *argv, const int *fds, int nfds, struct process *ret, int *ret_pidfd,
-                         struct why *why)
+/* known, ctx: as struct spawn has them. */
+static int start_process(const char *const *argv, const int *fds, int nfds,
+                         void (*known)(void *ctx, const struct process *p), void *ctx, struct process *ret,
+                         int *ret_pidfd, struct why *why)
 {
     struct spawn s = {.program = "coffer-fs",
                       .argv = argv,
                       .nfds = nfds,
                       .uid = plugin_config.fs_uid,
                       .gid = plugin_config.fs_gid,
-                      .io_flusher = true};
+                      .io_flusher = true,
+                      .known = known,
+                      .ctx = ctx};
     int rc;
 
     memcpy(s.fds, fds, sizeof(int) * (size_t)nfds);
@@ -599,14 +603,12 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     p->agent_generation = fds->agent_generation;
     p->log_fd = fcntl(fds->log, F_DUPFD_CLOEXEC, 3);
     rc = start_process(argv, (const int[]){pair[1], fds->agent, fds->data, fds->log, fds->fuse, fds->page, pair[0]}, 7,
-                       &p->process, &p->pidfd, why);
+                       fds->takeover ? owner->started : NULL, ctx, &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0) {
         fsproc_unref(p);
         return rc;
     }
-    if (fds->takeover)
-        owner->started(ctx, &p->process);
     fsproc_ref(p); /* the thread's */
     rc = thread_start(watch, p);
     if (rc < 0) {
@@ -903,7 +905,7 @@ int fsproc_run(const char *verb, const char *name, const char *const *options, c
     take_channel(p, pair[0]);
     all[0] = pair[1];
     memcpy(all + 1, fds, sizeof(int) * (size_t)nfds);
-    rc = start_process(argv, all, nfds + 1, &p->process, &p->pidfd, why);
+    rc = start_process(argv, all, nfds + 1, NULL, NULL, &p->process, &p->pidfd, why);
     close_quiet(pair[1]);
     if (rc < 0)
         goto out;

@@ -13,7 +13,8 @@ struct fsproc;
 /* What its thread tells the owner of a volume; called without any lock held. */
 struct fsproc_owner {
     void (*started)(void *ctx,
-                    const struct process *process); /* fsproc_start's own thread: it takes over, is not ready yet */
+                    const struct process *process); /* fsproc_start's own thread: it shall take over; it begins
+                                                                  when this has returned */
     void (*died)(void *ctx, struct fsproc *p, const char *how); /* while it should have been serving */
     void (*ended)(void *ctx, struct fsproc *p);                 /* after fsproc_stop() */
     void (*tick)(void *ctx, struct fsproc *p);                  /* about every FSPROC_TICK_MS while it serves */

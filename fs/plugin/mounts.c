@@ -1317,9 +1317,10 @@ static int page_take(int fd)
     return page_make(true);
 }
 
-/* What was stored, else what the server kept for us: that may have been taken over, so what it calls the device is looked at.
- * fs NULL: it has ended. False: there is nothing that another server could go on with. op_lock held. */
-static bool adopt_descriptors(struct plugin_volume *v, struct fsproc *fs)
+/* What was stored, else what the server kept for us, or the one that was to follow it (a pidfd, or -1): these may have been
+ * taken over, so what they call the device is looked at. fs NULL: it has ended. False: there is nothing that another server
+ * could go on with. op_lock held. */
+static bool adopt_descriptors(struct plugin_volume *v, struct fsproc *fs, int successor)
 {
     int fuse = device_take(notify_take("fuse", v->name)), page = notify_take("page", v->name);
 
@@ -1327,6 +1328,10 @@ static bool adopt_descriptors(struct plugin_volume *v, struct fsproc *fs)
         fuse = device_take(fsproc_fetch(fs, SERVER_FD_FUSE));
     if (page < 0 && fs)
         page = fsproc_fetch(fs, SERVER_FD_PAGE);
+    if (fuse < 0 && successor >= 0)
+        fuse = device_take(spawn_fetch_fd(successor, SERVER_FD_FUSE));
+    if (page < 0 && successor >= 0)
+        page = spawn_fetch_fd(successor, SERVER_FD_PAGE);
     if (fuse < 0 || !v->has_init) {
         close_quiet(fuse);
         close_quiet(page);
@@ -1359,20 +1364,17 @@ static void *replace_thread(void *arg)
     return NULL;
 }
 
-/* The server that an earlier cofferd had, or, where that has ended, the one that was to follow it. Where both live the latter
- * was not told to go on yet, and ends. op_lock held. */
-static struct fsproc *adopt_server(struct plugin_volume *v)
+/* The server that an earlier cofferd had, or, where that has ended, the one that was to follow it. Where both live the latter,
+ * *ret_successor (a pidfd, else -1), was not told to go on yet. op_lock held. */
+static struct fsproc *adopt_server(struct plugin_volume *v, int *ret_successor)
 {
     bool ended = !v->server.pid || !process_alive(&v->server);
     const struct process *process = ended && v->successor.pid ? &v->successor : &v->server;
-    int data = -1, log = -1, pidfd = ended ? -1 : process_pidfd(&v->successor);
+    int data = -1, log = -1;
     struct fsproc *fs = NULL;
     struct why why;
 
-    if (pidfd >= 0) {
-        spawn_signal(pidfd, SIGKILL);
-        close_quiet(pidfd);
-    }
+    *ret_successor = ended ? -1 : process_pidfd(&v->successor);
     if (process->pid && open_files(v, &data, &log, &why) < 0)
         log_err("%s", why.text);
     if (process->pid && fsproc_adopt(v->name, process, log, &server_owner, v, &fs) < 0)
@@ -1387,7 +1389,8 @@ static void adopt_one(struct plugin_volume *v)
     char *path = mounts_path(v), dev[MOUNT_DEV_MAX];
     bool mounted = mountinfo_device(path, dev) == 0;
     struct plugin_volume *ref = registry_find_ref(v->name);
-    struct fsproc *fs = adopt_server(v);
+    int successor = -1;
+    struct fsproc *fs = adopt_server(v, &successor);
 
     if (fs) {
         enum mount_state state = !mounted ? MOUNT_STOPPING : is_held(v) ? MOUNT_SERVING : MOUNT_LINGERING;
@@ -1396,13 +1399,13 @@ static void adopt_one(struct plugin_volume *v)
         set_server(v, fs, state);
         registry_save();
         v->started_ns = mono_ns();
-        if (!adopt_descriptors(v, fs))
+        if (!adopt_descriptors(v, fs, successor))
             log_err("volume %s: its mount lives only as long as its server: that did not give its descriptors",
                     v->name);
         else if (fsproc_has_channel(fs))
             adopt_go(v, fs);
         log_info("volume %s: its server (pid %d) is found again", v->name, (int)fsproc_process(fs).pid);
-    } else if (mounted && v->mount != MOUNT_IDLE && adopt_descriptors(v, NULL) && can_take_over(v) &&
+    } else if (mounted && v->mount != MOUNT_IDLE && adopt_descriptors(v, NULL, successor) && can_take_over(v) &&
                thread_start(replace_thread, ref) == 0) {
         log_info("volume %s: its server ended while no cofferd ran; another one shall take over", v->name);
         set_server(v, NULL, MOUNT_FAILED);
@@ -1416,6 +1419,10 @@ static void adopt_one(struct plugin_volume *v)
         }
         finish(v);
     }
+    /* Only now: the old one may have been about to end for it, and then nobody else had the mount's descriptors. */
+    if (successor >= 0)
+        spawn_signal(successor, SIGKILL);
+    close_quiet(successor);
     registry_unref(ref);
     free(path);
 }

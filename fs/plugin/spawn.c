@@ -57,8 +57,18 @@ static int child_fds(const struct spawn *s, int exe, int devnull)
     return fcntl(last, F_SETFD, FD_CLOEXEC) < 0 ? -1 : last;
 }
 
-static void child(const struct spawn *s, int exe, int devnull) __attribute__((noreturn));
-static void child(const struct spawn *s, int exe, int devnull)
+/* Waits until the parent has said that it knows of the child. gate: both ends of a pipe. */
+static void wait_known(const int gate[2])
+{
+    char c;
+
+    close(gate[1]);
+    if (read(gate[0], &c, 1) != 1)
+        _exit(126);
+}
+
+static void child(const struct spawn *s, int exe, int devnull, const int gate[2]) __attribute__((noreturn));
+static void child(const struct spawn *s, int exe, int devnull, const int gate[2])
 {
     static char *const env[] = {NULL};
     struct sigaction dfl = {.sa_handler = SIG_DFL};
@@ -71,6 +81,7 @@ static void child(const struct spawn *s, int exe, int devnull)
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(077);
+    wait_known(gate);
     if (chdir("/") < 0)
         _exit(126);
     exe = child_fds(s, exe, devnull);
@@ -90,7 +101,7 @@ static void child(const struct spawn *s, int exe, int devnull)
 
 int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pidfd)
 {
-    int exe = -1, devnull = -1, pidfd = -1, rc = 0;
+    int exe = -1, devnull = -1, pidfd = -1, gate[2] = {-1, -1}, rc = 0;
     struct process p;
     pid_t pid;
 
@@ -100,7 +111,7 @@ int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pid
         goto out;
     }
     devnull = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (devnull < 0) {
+    if (devnull < 0 || pipe2(gate, O_CLOEXEC) < 0) {
         rc = -errno;
         goto out;
     }
@@ -110,7 +121,7 @@ int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pid
         goto out;
     }
     if (pid == 0)
-        child(s, exe, devnull);
+        child(s, exe, devnull, gate);
     /* The child is a zombie at worst until we reap it, so its number is its own. */
     pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (pidfd < 0 || process_identify(pid, &p) < 0) {
@@ -120,11 +131,16 @@ int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pid
         close_quiet(pidfd);
         goto out;
     }
+    if (s->known)
+        s->known(s->ctx, &p);
+    (void)!write(gate[1], "", 1);
     *ret_process = p;
     *ret_pidfd = pidfd;
 out:
     close_quiet(exe);
     close_quiet(devnull);
+    close_quiet(gate[0]);
+    close_quiet(gate[1]);
     return rc;
 }
 

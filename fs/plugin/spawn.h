@@ -15,6 +15,9 @@ struct spawn {
     uid_t uid;
     gid_t gid;
     bool io_flusher; /* serves writeback: PR_SET_IO_FLUSHER and oom_score_adj -1000, best effort */
+    /* Called with the process before it runs the program: one whose starter died before this returned ends without. Or NULL. */
+    void (*known)(void *ctx, const struct process *p);
+    void *ctx;
 };
 
 /* Starts it. 0 with the process and a pidfd of it (the caller's), or -errno. The child must be reaped through the pidfd
