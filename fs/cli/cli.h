@@ -123,6 +123,7 @@ int cli_volume_check(struct cli *c);
 int cli_volume_scrub(struct cli *c);
 int cli_volume_resize(struct cli *c);
 int cli_snapshot(struct cli *c);
+int cli_snapshot_mount(struct cli *c);
 int cli_snapshot_ls(struct cli *c);
 int cli_volume_restart_server(struct cli *c);
 int cli_volume_export(struct cli *c); /* export.c */

@@ -296,16 +296,25 @@ int cli_volume_resize(struct cli *c)
 
 /* --- snapshots --- */
 
-int cli_snapshot(struct cli *c)
+/* req is gone after an error. */
+static int add_snapshot(struct cli *c, json_t *req, const char *snapshot)
 {
-    json_t *req = cli_request_new(c), *text = json_string(c->operand[1]);
+    json_t *text = json_string(snapshot);
 
     if (!text) {
         json_decref(req);
         return cli_usage(c, "the snapshot's name holds bytes that are not UTF-8");
     }
     json_object_set_new(req, "snapshot", text);
-    return finish(c, req, strstr(c->command->words, "create") ? "created" : "removed");
+    return CLI_OK;
+}
+
+int cli_snapshot(struct cli *c)
+{
+    json_t *req = cli_request_new(c);
+    int rc = add_snapshot(c, req, c->operand[1]);
+
+    return rc ? rc : finish(c, req, strstr(c->command->words, "create") ? "created" : "removed");
 }
 
 int cli_snapshot_ls(struct cli *c)
@@ -319,12 +328,12 @@ int cli_snapshot_ls(struct cli *c)
         goto out;
     json_array_foreach(json_object_get(answer, "snapshots"), i, s) width =
         MAX(width, (int)json_string_length(json_object_get(s, "name")));
-    printf("%-*s  %-20s  %8s\n", width, "NAME", "CREATED", "SIZE");
+    printf("%-*s  %-20s  %8s  %s\n", width, "NAME", "CREATED", "SIZE", "MOUNTED");
     json_array_foreach(json_object_get(answer, "snapshots"), i, s)
     {
         char *name = cli_text(s, "name"), *created = cli_text(s, "created"), *used = bytes_text(s, "used");
 
-        printf("%-*s  %-20s  %8s\n", width, name, created, used);
+        printf("%-*s  %-20s  %8s  %s\n", width, name, created, used, cli_flag(s, "mounted") ? "yes" : "no");
         free(name), free(created), free(used);
     }
 out:
@@ -339,7 +348,7 @@ int cli_volume_restart_server(struct cli *c)
     int rc;
 
     if (!c->operand[0] == !cli_get(c, "--all"))
-        return cli_usage(c, "give a volume's name, or --all");
+        return cli_usage(c, "give a volume's name, or VOLUME@SNAPSHOT, or --all");
     req = cli_request_new(c);
     if (c->operand[0])
         json_object_set_new(req, "name", json_string(c->operand[0]));
@@ -384,21 +393,34 @@ static int add_directory(json_t *req, const char *dir)
     return CLI_OK;
 }
 
-int cli_mount(struct cli *c)
+/* Of a volume, or (snapshot not NULL) of one of its snapshots. */
+static int mount_at(struct cli *c, const char *snapshot, const char *dir)
 {
     json_t *req = cli_request_new(c), *answer = NULL;
-    int rc = add_directory(req, c->operand[1]);
+    int rc = snapshot ? add_snapshot(c, req, snapshot) : CLI_OK;
 
+    if (rc == CLI_OK)
+        rc = add_directory(req, dir);
     if (rc == CLI_OK)
         rc = cli_request(c, req, NULL, 0, &answer);
     if (rc == CLI_OK && !cli_print_json(c, answer)) {
         char *at = cli_text(answer, "mountpoint");
 
-        printf("%s is mounted at %s\n", c->operand[0], at);
+        printf("%s%s%s is mounted at %s\n", c->operand[0], snapshot ? "@" : "", snapshot ? snapshot : "", at);
         free(at);
     }
     json_decref(answer);
     return rc;
+}
+
+int cli_mount(struct cli *c)
+{
+    return mount_at(c, NULL, c->operand[1]);
+}
+
+int cli_snapshot_mount(struct cli *c)
+{
+    return mount_at(c, c->operand[1], c->operand[2]);
 }
 
 /* The directory of a mount may refuse to be looked at, so only its parent is resolved. */

@@ -319,7 +319,7 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--size") == 0 && i + 1 < argc)
             args.size = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--snapshot") == 0 && i + 1 < argc && volume_snapshot_name_ok(argv[i + 1]))
-            args.snapshot = argv[++i];
+            args.snapshot = mount_config.snapshot = argv[++i];
         else if (strcmp(argv[i], "--since") == 0 && i + 1 < argc && volume_snapshot_name_ok(argv[i + 1]))
             args.since = argv[++i];
         else if (strcmp(argv[i], "--profile") == 0 && i + 1 < argc && strcmp(argv[i + 1], "database") == 0)

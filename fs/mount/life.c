@@ -163,6 +163,15 @@ static void take_references(struct volume *v)
     free(refs);
 }
 
+/* `log` is not needed. */
+static int open_snapshot(const struct key *key, const struct channel_volume *cv, struct volume **ret)
+{
+    const struct volume_options o = {.on_damage = control_damage, .seen = cv->seen, .new_branch = cv->accept_rollback};
+    struct store *data = store_dup(SERVER_FD_DATA);
+
+    return data ? volume_snapshot_open(data, key, cv->params.id, mount_config.snapshot, &o, ret) : -EMFILE;
+}
+
 static int open_stores(const struct key *key, const struct channel_volume *cv, struct volume **ret)
 {
     struct volume_options o = {.background = true,
@@ -200,12 +209,13 @@ static int open_volume(const struct key *key, const struct channel_volume *cv)
     check_state(LOCKED, OPENING);
     state = OPENING;
     pthread_mutex_unlock(&state_lock);
-    rc = open_stores(key, cv, &v);
+    rc = (mount_config.snapshot ? open_snapshot : open_stores)(key, cv, &v);
     if (rc < 0) {
         log_err("volume %s: cannot be opened: %s", mount_config.name,
                 rc == -ESTALE ? "it was put back to an older state: restore the newer one, or coffer volume "
                                 "accept-rollback"
-                              : strerror(-rc));
+                : rc == -ENOENT && mount_config.snapshot ? server_snapshot_error(rc)
+                                                         : strerror(-rc));
         failed_at = mono_ns(); /* read again only after the move */
         move(OPENING, LOCKED);
         return -EIO;

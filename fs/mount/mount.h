@@ -31,11 +31,12 @@
 #define MOUNT_TIMEOUT_S 1e9 /* "without end": one server has the volume, so nothing changes behind the kernel's back */
 
 struct mount_config {
-    const char *name;
-    bool database; /* write-through */
-    bool strict;   /* attributes are asked for at every use */
-    bool page;     /* so is SERVER_FD_PAGE */
-    bool takeover; /* another server of this mount ended: init is what it had agreed on with the kernel */
+    const char *name;     /* of the volume, or VOLUME@SNAPSHOT */
+    const char *snapshot; /* this snapshot is served, read-only; NULL: the volume itself */
+    bool database;        /* write-through */
+    bool strict;          /* attributes are asked for at every use */
+    bool page;            /* so is SERVER_FD_PAGE */
+    bool takeover;        /* another server of this mount ended: init is what it had agreed on with the kernel */
     struct server_init init;
     int patience_ms; /* with takeover: how long to wait for a keystore that is locked */
     uint64_t mount_id;

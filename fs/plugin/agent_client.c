@@ -97,9 +97,10 @@ int agent_call(uint16_t type, const void *body, uint32_t len, const int *fds, in
     return rc;
 }
 
+/* The agent knows volumes, not their mounted snapshots (VOLUME@SNAPSHOT). */
 static void set_name(char out[AGENT_NAME_MAX], const char *name)
 {
-    snprintf(out, AGENT_NAME_MAX, "%s", name);
+    snprintf(out, AGENT_NAME_MAX, "%.*s", (int)strcspn(name, "@"), name);
 }
 
 static int call_reply(uint16_t type, const void *body, uint32_t len, struct why *why)
@@ -253,7 +254,10 @@ void agent_note(const char *name, const char *event, const char *text)
 
     set_name(note.name, name);
     snprintf(note.event, sizeof(note.event), "%s", event);
-    snprintf(note.text, sizeof(note.text), "%s", text);
+    if (strchr(name, '@'))
+        snprintf(note.text, sizeof(note.text), "snapshot %s%s%s", strchr(name, '@') + 1, *text ? ": " : "", text);
+    else
+        snprintf(note.text, sizeof(note.text), "%s", text);
     if (call_reply(AGENT_NOTE, &note, sizeof(note), &why) < 0)
         log_err("volume %s: %s is not in the audit log: %s", name, event, why.text);
 }

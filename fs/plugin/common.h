@@ -47,6 +47,8 @@ struct why {
 /* Sets the text (control characters become '?') and returns err. */
 int why_set(struct why *why, int err, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
+#define ENTRY_NAME_MAX (AGENT_NAME_MAX + 1 + SNAPSHOT_NAME_MAX) /* of VOLUME@SNAPSHOT, with a NUL */
+
 /* --- processes --- */
 
 /* A process that cannot be mistaken for a later one with the same number (within one boot). pid 0: unknown. */

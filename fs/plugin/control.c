@@ -472,6 +472,25 @@ static int do_snapshot_rm(struct request *r)
     return change_snapshots(r, volumes_snapshot_remove);
 }
 
+static int do_snapshot_mount(struct request *r)
+{
+    json_t *name, *snapshot, *dir;
+    const struct json_member members[] = {{"name", JSON_STRING, true, &name},
+                                          {"snapshot", JSON_STRING, true, &snapshot},
+                                          {"dir", JSON_STRING, true, &dir}};
+    struct plugin_volume *v = NULL;
+    int rc = MEMBERS(r, members);
+
+    if (rc == 0)
+        rc = take_volume(r, name, &v);
+    if (rc == 0)
+        rc = volumes_snapshot_mount(v, json_string_value(snapshot), json_string_value(dir), &r->why);
+    if (rc == 0)
+        r->out = json_pack("{s:s}", "mountpoint", json_string_value(dir));
+    registry_unref(v);
+    return rc;
+}
+
 static int do_snapshot_ls(struct request *r)
 {
     json_t *name, *list;
@@ -524,18 +543,18 @@ static int restart_which(struct request *r, json_t *name, bool all, struct plugi
 {
     struct plugin_volume **list, *v = NULL;
     size_t n = 0, total;
-    int rc;
 
     if (!name == !all)
         return why_set(&r->why, -EINVAL, "give a volume's name, or \"all\"");
     if (name) {
-        rc = take_volume(r, name, &v);
-        if (rc < 0)
-            return rc;
+        v = registry_find_mount_ref(json_string_value(name));
+        if (!v)
+            return why_set(&r->why, -ENOENT, "no such volume, or snapshot that is mounted: %.200s",
+                           json_string_value(name));
         list = xcalloc(1, sizeof(*list));
         list[n++] = v;
     } else {
-        registry_all_ref(&list, &total);
+        registry_mounts_ref(&list, &total);
         for (size_t i = 0; i < total; i++) {
             struct fsproc *fs = mounts_server_ref(list[i]);
 
@@ -667,7 +686,7 @@ static int do_why(struct request *r)
         rc = take_volume(r, name, &v);
     if (rc < 0)
         return rc;
-    snprintf(ask.name, sizeof(ask.name), "%s", v->name);
+    snprintf(ask.name, sizeof(ask.name), "%.*s", AGENT_NAME_MAX - 1, v->name);
     ask.pid = (int32_t)n;
     ask.write = json_is_true(write);
     registry_unref(v);
@@ -721,6 +740,7 @@ static const struct command {
     {"volume restart-server", do_restart_server, 0},
     {"volume snapshot create", do_snapshot_create, 0},
     {"volume snapshot ls", do_snapshot_ls, 0},
+    {"volume snapshot mount", do_snapshot_mount, 0},
     {"volume snapshot rm", do_snapshot_rm, 0},
     {"volume export", do_export, 2},
     {"volume import", do_import, 2},

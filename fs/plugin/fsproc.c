@@ -51,7 +51,7 @@ struct task {
 };
 
 struct fsproc {
-    char name[AGENT_NAME_MAX];
+    char name[ENTRY_NAME_MAX];
     struct process process;
     int pidfd, ctl, kick; /* ctl -1: adopted, and it kept no channel */
     bool ours;            /* a child: to be reaped */
@@ -266,7 +266,7 @@ static void take_damage(struct fsproc *p, const char *text)
 {
     if (!may_report(p))
         return;
-    log_err("volume %s: damaged: %s; run coffer volume check %s", p->name, text, p->name);
+    log_err("volume %s: damaged: %s; run coffer volume check %.*s", p->name, text, (int)strcspn(p->name, "@"), p->name);
     agent_note(p->name, "damage", text);
 }
 
@@ -573,7 +573,7 @@ static void take_channel(struct fsproc *p, int fd)
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,
                  const struct fsproc_owner *owner, void *ctx, struct fsproc **ret, struct why *why)
 {
-    const char *argv[14] = {"coffer-fs", "serve", name, NULL};
+    const char *argv[16] = {"coffer-fs", "serve", name, NULL};
     char init[2 * sizeof(struct server_init) + 1], mount_id[17], patience[12];
     int pair[2], n = 3, rc;
     struct fsproc *p;
@@ -584,6 +584,10 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
     }
     if (strict)
         argv[n++] = "--strict";
+    if (fds->snapshot) {
+        argv[n++] = "--snapshot";
+        argv[n++] = fds->snapshot;
+    }
     snprintf(mount_id, sizeof(mount_id), "%llx", (unsigned long long)fds->mount_id);
     argv[n++] = "--mount-id";
     argv[n++] = mount_id;

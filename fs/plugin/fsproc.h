@@ -27,6 +27,7 @@ struct fsproc_owner {
 /* The descriptors that a new server gets; they stay the caller's. */
 struct fsproc_fds {
     int agent, data, log, fuse, page;
+    const char *snapshot;      /* of the volume: it is served, read-only; NULL: the volume itself */
     uint64_t agent_generation; /* supervisor_generation() from before `agent` was made */
     uint64_t mount_id;
     int patience_ms;                    /* with takeover: how long it may wait for the keystore */
@@ -34,7 +35,7 @@ struct fsproc_fds {
 };
 
 /*
- * Starts `coffer-fs serve` and waits until it is ready (10 s); one that takes over serves only after fsproc_go(). 0 with a reference in *ret; from then on owner is called,
+ * name: of the volume, or VOLUME@SNAPSHOT. Starts `coffer-fs serve` and waits until it is ready (10 s); one that takes over serves only after fsproc_go(). 0 with a reference in *ret; from then on owner is called,
  * with ctx, until owner->free. After an error (reason in *why) it is dead and ctx is still the caller's.
  */
 int fsproc_start(const char *name, bool database, bool strict, const struct fsproc_fds *fds,

@@ -144,10 +144,11 @@ static void free_dirs(char **dirs, size_t n)
 
 /* --- backing files --- */
 
-static int open_backing(int dir, const char *name, int *ret_fd)
+/* access: O_RDWR or O_RDONLY. */
+static int open_backing(int dir, const char *name, int access, int *ret_fd)
 {
     struct stat st;
-    int fd = openat(dir, name, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    int fd = openat(dir, name, access | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
 
     if (fd < 0)
         return -errno;
@@ -175,9 +176,10 @@ static int lock_log(int fd)
     return 0;
 }
 
+/* A snapshot is only read, beside the volume's own server. */
 static int lock_backing(struct plugin_volume *v, int log, struct why *why)
 {
-    int rc = lock_log(log);
+    int rc = v->snapshot ? 0 : lock_log(log);
 
     return rc < 0
                ? why_set(why, rc, "volume %s is still being flushed by its last server: try again in a moment", v->name)
@@ -187,13 +189,13 @@ static int lock_backing(struct plugin_volume *v, int log, struct why *why)
 static int open_files(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)
 {
     char id[2 * VOLUME_ID_BYTES + 1];
-    int dir = -1, data = -1, log = -1, rc;
+    int dir = -1, data = -1, log = -1, access = v->snapshot ? O_RDONLY : O_RDWR, rc;
 
     hex_encode(v->id, sizeof(v->id), id);
     dir = openat(plugin_config.volumes_fd, id, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    rc = dir < 0 ? -errno : open_backing(dir, "data", &data);
+    rc = dir < 0 ? -errno : open_backing(dir, "data", access, &data);
     if (rc == 0)
-        rc = open_backing(dir, "log", &log);
+        rc = open_backing(dir, "log", access, &log);
     if (rc == -EPERM)
         why_set(why, rc, "%s/volumes/%s: its files must be regular, root's own, mode 0600, with one link",
                 plugin_config.state_dir, id);
@@ -265,6 +267,7 @@ static int page_make(bool all)
 
 static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
 {
+    unsigned long flags = MS_NOSUID | MS_NODEV | (v->snapshot ? MS_RDONLY : 0);
     char *path = mounts_path(v), dev[MOUNT_DEV_MAX], options[160];
     int fd = -1, rc = 0;
 
@@ -281,7 +284,7 @@ static int fuse_mount(struct plugin_volume *v, int *ret_fd, struct why *why)
     }
     snprintf(options, sizeof(options),
              "fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read=262144", fd);
-    if (mount("coffer", path, "fuse.coffer", MS_NOSUID | MS_NODEV, options) < 0) {
+    if (mount("coffer", path, "fuse.coffer", flags, options) < 0) {
         rc = why_set(why, -errno, "cannot mount %s: %s", path, strerror(errno));
         goto out;
     }
@@ -455,6 +458,13 @@ static bool take_over(struct plugin_volume *v)
     return false;
 }
 
+/* A snapshot that is not mounted any more, or could not be, has no entry. op_lock held. */
+static void unlist_snapshot(struct plugin_volume *v)
+{
+    if (v->snapshot && v->mount == MOUNT_IDLE && !is_held(v))
+        registry_set_listed(v, false);
+}
+
 /* Its server has ended and is not replaced: what is left of the mount goes. op_lock held. */
 static void finish(struct plugin_volume *v)
 {
@@ -463,6 +473,7 @@ static void finish(struct plugin_volume *v)
     v->has_init = false;
     pthread_mutex_unlock(&registry_lock);
     set_server(v, NULL, is_held(v) ? MOUNT_FAILED : MOUNT_IDLE);
+    unlist_snapshot(v);
     registry_save();
 }
 
@@ -625,13 +636,14 @@ static int server_start(struct plugin_volume *v, struct fsproc *old, struct why 
         goto out;
     fds.fuse = v->fuse_fd;
     fds.page = v->page_fd;
+    fds.snapshot = v->snapshot;
     fds.mount_id = v->mount_id;
     fds.takeover = takeover ? &v->init : NULL;
     rc = fds.page < 0 ? why_set(why, -ENOMEM, "volume %s: no memory to share with its server", v->name)
                       : agent_bind(v->name, AGENT_PURPOSE_SERVE, &fds.agent, why);
     if (rc < 0)
         goto unmount;
-    ref = registry_find_ref(v->name);
+    ref = registry_ref(v);
     rc = fsproc_start(v->name, v->params.profile == VOLUME_PROFILE_DATABASE, v->strict, &fds, &server_owner, v, &fs,
                       why);
     if (rc < 0)
@@ -946,8 +958,8 @@ static void server_tick(void *ctx, struct fsproc *p)
     pthread_mutex_unlock(&v->op_lock);
     if (!due)
         return;
-    ref = registry_find_ref(v->name);
-    if (ref && thread_start(tidy, ref) < 0)
+    ref = registry_ref(v);
+    if (thread_start(tidy, ref) < 0)
         registry_unref(ref);
 }
 
@@ -963,6 +975,29 @@ static int lock_volume(struct plugin_volume *v, int ms, struct why *why)
         return why_set(why, -ENOENT, "no such volume: %s", v->name);
     }
     return 0;
+}
+
+/* Takes op_lock of a snapshot's entry, and lists it: whoever had it mounted may have unmounted it meanwhile. */
+static int lock_snapshot(struct plugin_volume *v, int ms, struct why *why)
+{
+    char *name = xasprintf("%.*s", (int)(v->snapshot - 1 - v->name), v->name);
+    struct plugin_volume *of = registry_find_ref(name);
+    int rc = of ? 0 : why_set(why, -ENOENT, "no such volume: %s", name);
+
+    if (rc == 0 && mutex_lock_for(&v->op_lock, ms) < 0)
+        rc = why_set(why, -EBUSY, "snapshot %s is busy with another operation: try again later", v->name);
+    if (rc == 0) {
+        rc = lock_volume(of, ms, why);
+        if (rc == 0) {
+            registry_list_snapshot(v, of);
+            pthread_mutex_unlock(&of->op_lock);
+        } else {
+            pthread_mutex_unlock(&v->op_lock);
+        }
+    }
+    registry_unref(of);
+    free(name);
+    return rc;
 }
 
 /* What Mount does before it counts. op_lock held. */
@@ -1111,7 +1146,7 @@ int mounts_local_mount(struct plugin_volume *v, const char *dir, struct why *why
 
     rc = canonical_dir(dir, &path, why);
     if (rc == 0)
-        rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
+        rc = (v->snapshot ? lock_snapshot : lock_volume)(v, MOUNTS_PATIENCE_MS, why);
     if (rc < 0) {
         free(path);
         return rc;
@@ -1136,6 +1171,7 @@ int mounts_local_mount(struct plugin_volume *v, const char *dir, struct why *why
         teardown(v, NORMAL, &ignored);
     }
 out:
+    unlist_snapshot(v);
     pthread_mutex_unlock(&v->op_lock);
     free(path);
     return rc;
@@ -1147,7 +1183,7 @@ static struct plugin_volume *volume_at_ref(const char *dir)
     struct plugin_volume **all, *found = NULL;
     size_t n;
 
-    registry_all_ref(&all, &n);
+    registry_mounts_ref(&all, &n);
     for (size_t i = 0; i < n; i++) {
         pthread_mutex_lock(&registry_lock);
         if (!found && holder_find(all[i], dir, true))
@@ -1388,7 +1424,7 @@ static void adopt_one(struct plugin_volume *v)
 {
     char *path = mounts_path(v), dev[MOUNT_DEV_MAX];
     bool mounted = mountinfo_device(path, dev) == 0;
-    struct plugin_volume *ref = registry_find_ref(v->name);
+    struct plugin_volume *ref = registry_ref(v);
     int successor = -1;
     struct fsproc *fs = adopt_server(v, &successor);
 
@@ -1435,7 +1471,7 @@ static void sweep(void)
     struct dirent *d;
 
     while (list && (d = readdir(list))) {
-        struct plugin_volume *v = registry_find_ref(d->d_name);
+        struct plugin_volume *v = registry_find_mount_ref(d->d_name);
         bool ours = v && v->mount != MOUNT_IDLE;
         char *path = xasprintf("%s/%s", plugin_config.mnt_dir, d->d_name);
 
@@ -1457,7 +1493,7 @@ void mounts_adopt(void)
     struct plugin_volume **all;
     size_t n;
 
-    registry_all_ref(&all, &n);
+    registry_mounts_ref(&all, &n);
     for (size_t i = 0; i < n; i++) {
         pthread_mutex_lock(&all[i]->op_lock);
         adopt_one(all[i]);
@@ -1483,7 +1519,7 @@ void mounts_agent_up(void)
     struct plugin_volume **all;
     size_t n;
 
-    registry_all_ref(&all, &n);
+    registry_mounts_ref(&all, &n);
     for (size_t i = 0; i < n; i++) {
         struct plugin_volume *v = all[i];
         struct fsproc *fs = mounts_server_ref(v);
@@ -1532,7 +1568,7 @@ int mounts_down(bool force, struct why *why)
     pthread_mutex_lock(&down_lock);
     going_down = true;
     pthread_mutex_unlock(&down_lock);
-    registry_all_ref(&all, &n);
+    registry_mounts_ref(&all, &n);
     for (size_t i = 0; i < n && !force && rc == 0; i++) {
         if (is_held(all[i]) || (mounts_busy(all[i]) && used_elsewhere(all[i])))
             rc = why_set(why, -EBUSY, "busy: volume %s is in use: stop what uses it, or use --force", all[i]->name);

@@ -4,7 +4,8 @@
  * Invariants:
  *  1. The state file is replaced whole (temporary file, flush, rename, flush of the directory) and always holds the
  *     table of one instant; a later save never writes an older table.
- *  2. Only listed volumes are in the file. A volume is listed only once it can be mounted.
+ *  2. Only listed volumes are in the file. A volume is listed only once it can be mounted, a snapshot as long as it is
+ *     mounted (or held), and not longer than its volume.
  *  3. Get, List and Path need registry_lock and nothing else, and nobody holds that across I/O.
  */
 #include "registry.h"
@@ -74,7 +75,7 @@ static void reap(struct plugin_volume *v)
     free(v);
 }
 
-struct plugin_volume *registry_find_ref(const char *name)
+struct plugin_volume *registry_find_mount_ref(const char *name)
 {
     struct plugin_volume *v;
 
@@ -84,6 +85,19 @@ struct plugin_volume *registry_find_ref(const char *name)
         v = NULL;
     if (v)
         v->refs++;
+    pthread_mutex_unlock(&registry_lock);
+    return v;
+}
+
+struct plugin_volume *registry_find_ref(const char *name)
+{
+    return strchr(name, '@') ? NULL : registry_find_mount_ref(name);
+}
+
+struct plugin_volume *registry_ref(struct plugin_volume *v)
+{
+    pthread_mutex_lock(&registry_lock);
+    v->refs++;
     pthread_mutex_unlock(&registry_lock);
     return v;
 }
@@ -101,6 +115,47 @@ struct plugin_volume *registry_reserve_ref(const char *name)
     return v;
 }
 
+/* registry_lock held. */
+static struct plugin_volume *snapshot_entry(const struct plugin_volume *of, const char *snapshot)
+{
+    char name[ENTRY_NAME_MAX];
+    struct plugin_volume *v;
+
+    snprintf(name, sizeof(name), "%.*s@%s", AGENT_NAME_MAX - 1, of->name, snapshot);
+    v = find(name);
+    if (!v)
+        v = insert(name);
+    v->snapshot = strchr(v->name, '@') + 1;
+    return v;
+}
+
+/* registry_lock held. */
+static void list_snapshot(struct plugin_volume *v, const struct plugin_volume *of)
+{
+    memcpy(v->id, of->id, sizeof(v->id));
+    v->params = of->params;
+    v->strict = of->strict;
+    v->listed = true;
+}
+
+struct plugin_volume *registry_reserve_snapshot_ref(const struct plugin_volume *of, const char *snapshot)
+{
+    struct plugin_volume *v;
+
+    pthread_mutex_lock(&registry_lock);
+    v = snapshot_entry(of, snapshot);
+    v->refs++;
+    pthread_mutex_unlock(&registry_lock);
+    return v;
+}
+
+void registry_list_snapshot(struct plugin_volume *v, const struct plugin_volume *of)
+{
+    pthread_mutex_lock(&registry_lock);
+    list_snapshot(v, of);
+    pthread_mutex_unlock(&registry_lock);
+}
+
 void registry_unref(struct plugin_volume *v)
 {
     if (!v)
@@ -111,7 +166,7 @@ void registry_unref(struct plugin_volume *v)
     pthread_mutex_unlock(&registry_lock);
 }
 
-void registry_all_ref(struct plugin_volume ***ret, size_t *ret_n)
+static void list_ref(bool snapshots, struct plugin_volume ***ret, size_t *ret_n)
 {
     size_t n = 0;
 
@@ -121,13 +176,35 @@ void registry_all_ref(struct plugin_volume ***ret, size_t *ret_n)
     *ret = xcalloc(n + 1, sizeof(**ret));
     n = 0;
     for (struct plugin_volume *v = volumes; v; v = v->next) {
-        if (!v->listed)
+        if (!v->listed || (v->snapshot && !snapshots))
             continue;
         v->refs++;
         (*ret)[n++] = v;
     }
     pthread_mutex_unlock(&registry_lock);
     *ret_n = n;
+}
+
+void registry_all_ref(struct plugin_volume ***ret, size_t *ret_n)
+{
+    list_ref(false, ret, ret_n);
+}
+
+void registry_mounts_ref(struct plugin_volume ***ret, size_t *ret_n)
+{
+    list_ref(true, ret, ret_n);
+}
+
+bool registry_has_snapshots(const struct plugin_volume *of)
+{
+    size_t n = strlen(of->name);
+    bool has = false;
+
+    pthread_mutex_lock(&registry_lock);
+    for (struct plugin_volume *v = volumes; v && !has; v = v->next)
+        has = v->snapshot && v->listed && !strncmp(v->name, of->name, n) && v->name[n] == '@';
+    pthread_mutex_unlock(&registry_lock);
+    return has;
 }
 
 void registry_set_listed(struct plugin_volume *v, bool listed)
@@ -283,37 +360,54 @@ static json_t *init_json(const struct plugin_volume *v)
     return json_pack("{s:s, s:s}", "init", init, "mount_id", id);
 }
 
+/* What there is of a mount, added to o. */
+static json_t *add_mount_json(json_t *o, const struct plugin_volume *v)
+{
+    json_t *holders = json_array();
+
+    for (size_t i = 0; i < v->nholders; i++)
+        json_array_append_new(holders, holder_json(&v->holders[i]));
+    json_object_set_new(o, "server", process_json(&v->server));
+    json_object_set_new(o, "successor", process_json(&v->successor));
+    json_object_set_new(o, "mounted", json_boolean(v->mount != MOUNT_IDLE));
+    json_object_set_new(o, "takeover", init_json(v));
+    json_object_set_new(o, "holders", holders);
+    return o;
+}
+
 static json_t *volume_json(const struct plugin_volume *v)
 {
     char id[2 * VOLUME_ID_BYTES + 1];
-    json_t *holders = json_array();
 
     hex_encode(v->id, sizeof(v->id), id);
-    for (size_t i = 0; i < v->nholders; i++)
-        json_array_append_new(holders, holder_json(&v->holders[i]));
-    return json_pack(
-        "{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:b, s:I, s:o, s:O, s:o, s:o, s:b, s:o, s:o}", "name",
-        v->name, "id", id, "created_ns", (json_int_t)v->created_ns, "size", (json_int_t)v->params.size_limit, "block",
-        (json_int_t)v->params.block_size, "profile", (json_int_t)v->params.profile, "log_segment",
-        (json_int_t)v->params.log_segment, "root_mode", (json_int_t)v->params.root_mode, "root_uid",
-        (json_int_t)v->params.root_uid, "root_gid", (json_int_t)v->params.root_gid, "strict", (int)v->strict,
-        "attached", (int)v->attached, "kind", (json_int_t)v->kind, "spec", spec_json(&v->spec), "rules", v->rules,
-        "server", process_json(&v->server), "successor", process_json(&v->successor), "mounted",
-        (int)(v->mount != MOUNT_IDLE), "takeover", init_json(v), "holders", holders);
+    return json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:b, s:I, s:o, s:O}", "name", v->name,
+                     "id", id, "created_ns", (json_int_t)v->created_ns, "size", (json_int_t)v->params.size_limit,
+                     "block", (json_int_t)v->params.block_size, "profile", (json_int_t)v->params.profile, "log_segment",
+                     (json_int_t)v->params.log_segment, "root_mode", (json_int_t)v->params.root_mode, "root_uid",
+                     (json_int_t)v->params.root_uid, "root_gid", (json_int_t)v->params.root_gid, "strict",
+                     (int)v->strict, "attached", (int)v->attached, "kind", (json_int_t)v->kind, "spec",
+                     spec_json(&v->spec), "rules", v->rules);
+}
+
+static json_t *snapshot_json(const struct plugin_volume *v)
+{
+    return json_pack("{s:s%, s:s}", "volume", v->name, (size_t)(v->snapshot - 1 - v->name), "snapshot", v->snapshot);
 }
 
 char *registry_dump(void)
 {
-    json_t *list = json_array(), *top;
+    json_t *list = json_array(), *snapshots = json_array(), *top;
     char *text;
 
     pthread_mutex_lock(&registry_lock);
     for (struct plugin_volume *v = volumes; v; v = v->next) {
-        if (v->listed)
-            json_array_append_new(list, volume_json(v));
+        if (v->listed && v->snapshot)
+            json_array_append_new(snapshots, add_mount_json(snapshot_json(v), v));
+        else if (v->listed)
+            json_array_append_new(list, add_mount_json(volume_json(v), v));
     }
-    top = json_pack("{s:i, s:s, s:o, s:o}", "version", STATE_VERSION, "boot", plugin_config.boot_id, "keyd",
-                    process_json(&keyd), "volumes", list);
+    top = json_pack("{s:i, s:s, s:o, s:o, s:o}", "version", STATE_VERSION, "boot", plugin_config.boot_id, "keyd",
+                    process_json(&keyd), "volumes", list, "snapshots", snapshots);
     pthread_mutex_unlock(&registry_lock);
     text = json_dumps(top, JSON_INDENT(1));
     json_decref(top);
@@ -474,12 +568,25 @@ static bool get_init(struct plugin_volume *v, const json_t *o)
     return v->has_init;
 }
 
+static bool get_mount(struct plugin_volume *v, const json_t *o)
+{
+    bool mounted;
+
+    if (!get_bool(o, "mounted", &mounted))
+        return false;
+    if (mounted)
+        v->mount = MOUNT_FAILED; /* until mounts_adopt() has looked */
+    /* An older cofferd's file has no "successor". */
+    return get_process(o, "server", &v->server) &&
+           (!json_object_get(o, "successor") || get_process(o, "successor", &v->successor)) && get_init(v, o) &&
+           get_holders(v, o);
+}
+
 static bool get_volume(const json_t *o, bool same_boot)
 {
     json_t *name = json_object_get(o, "name"), *id = json_object_get(o, "id"), *rules = json_object_get(o, "rules");
     struct plugin_volume *v;
     uint64_t created;
-    bool mounted;
 
     if (!json_is_string(name) || !volume_name_ok(json_string_value(name)) || find(json_string_value(name)) ||
         !json_is_string(id) || json_string_length(id) != (size_t)2 * VOLUME_ID_BYTES || !json_is_array(rules))
@@ -495,23 +602,32 @@ static bool get_volume(const json_t *o, bool same_boot)
         !get_u32(o, "root_mode", &v->params.root_mode) || !get_u32(o, "root_uid", &v->params.root_uid) ||
         !get_u32(o, "root_gid", &v->params.root_gid) || !get_bool(o, "strict", &v->strict) ||
         !get_bool(o, "attached", &v->attached) || !get_u32(o, "kind", &v->kind) ||
-        !get_spec(json_object_get(o, "spec"), &v->spec) || !get_bool(o, "mounted", &mounted))
+        !get_spec(json_object_get(o, "spec"), &v->spec))
         return false;
     memcpy(v->params.id, v->id, sizeof(v->id));
     v->created_ns = (int64_t)created;
-    if (!same_boot)
-        return true;
-    if (mounted)
-        v->mount = MOUNT_FAILED; /* until mounts_adopt() has looked */
-    /* An older cofferd's file has no "successor". */
-    return get_process(o, "server", &v->server) &&
-           (!json_object_get(o, "successor") || get_process(o, "successor", &v->successor)) && get_init(v, o) &&
-           get_holders(v, o);
+    return !same_boot || get_mount(v, o);
+}
+
+/* After the volumes. */
+static bool get_snapshot(const json_t *o)
+{
+    const char *of = json_string_value(json_object_get(o, "volume"));
+    const char *snapshot = json_string_value(json_object_get(o, "snapshot"));
+    struct plugin_volume *volume = of && volume_name_ok(of) ? find(of) : NULL, *v;
+
+    if (!volume || !snapshot || !snapshot_name_ok(snapshot, strlen(snapshot)))
+        return false;
+    v = snapshot_entry(volume, snapshot);
+    if (v->listed)
+        return false;
+    list_snapshot(v, volume);
+    return get_mount(v, o);
 }
 
 int registry_parse(const char *text, size_t n, struct why *why)
 {
-    json_t *top = NULL, *list, *o;
+    json_t *top = NULL, *list, *snapshots, *o;
     const char *boot;
     bool same_boot;
     uint32_t version = 0;
@@ -522,6 +638,7 @@ int registry_parse(const char *text, size_t n, struct why *why)
     if (rc < 0)
         return rc;
     list = json_object_get(top, "volumes");
+    snapshots = json_object_get(top, "snapshots"); /* absent: an older cofferd's file */
     boot = json_string_value(json_object_get(top, "boot"));
     if (!get_u32(top, "version", &version) || version != STATE_VERSION || !json_is_array(list) || !boot) {
         json_decref(top);
@@ -535,6 +652,11 @@ int registry_parse(const char *text, size_t n, struct why *why)
     {
         if (rc == 0 && !get_volume(o, same_boot))
             rc = why_set(why, -EINVAL, "volume number %zu is not understood", i);
+    }
+    json_array_foreach(snapshots, i, o)
+    {
+        if (rc == 0 && same_boot && !get_snapshot(o))
+            rc = why_set(why, -EINVAL, "snapshot number %zu is not understood", i);
     }
     pthread_mutex_unlock(&registry_lock);
     json_decref(top);

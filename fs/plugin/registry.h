@@ -1,8 +1,10 @@
 /*
  * registry.h - the table of volumes, and the state file <state>/cofferd.json that survives a restart.
  *
- * A volume's entry is reference-counted. Locks, in the order in which they are taken:
- *   volume->op_lock   one operation (create, mount, unmount, remove, check) at a time on a volume; held for long
+ * A mounted snapshot has an entry of its own, with a server of its own, for as long as it is mounted; what is said of
+ * volumes below holds for it, too. An entry is reference-counted. Locks, in the order in which they are taken:
+ *   volume->op_lock   one operation (create, mount, unmount, remove, check) at a time on a volume; held for long; a
+ *                     snapshot's before its volume's
  *   save lock         (inside) one writer of the state file
  *   registry_lock     the table, and the fields marked (R); held for instants only, never across I/O
  */
@@ -44,7 +46,8 @@ enum mount_state {
 };
 
 struct plugin_volume {
-    char name[AGENT_NAME_MAX];
+    char name[ENTRY_NAME_MAX]; /* the volume's, or VOLUME@SNAPSHOT: no name has a '@' */
+    const char *snapshot;      /* its name, within `name`; NULL: the volume itself */
     pthread_mutex_t op_lock;
     int fuse_fd;   /* (op_lock) the mount's /dev/fuse, or -1 */
     int page_fd;   /* (op_lock) the mount's struct server_page, or -1 */
@@ -86,8 +89,20 @@ struct plugin_volume *registry_find_ref(const char *name);
 /* The entry of that name, made (not listed) when there is none, with a reference. */
 struct plugin_volume *registry_reserve_ref(const char *name);
 void registry_unref(struct plugin_volume *v);
+/* The entry of that snapshot of a volume, as registry_reserve_ref. */
+struct plugin_volume *registry_reserve_snapshot_ref(const struct plugin_volume *v, const char *snapshot);
+/* Makes it listed; what a server needs to know is the volume's, which exists and whose op_lock is held. */
+void registry_list_snapshot(struct plugin_volume *v, const struct plugin_volume *of);
+/* The listed entry of that name, VOLUME or VOLUME@SNAPSHOT; NULL when there is none. */
+struct plugin_volume *registry_find_mount_ref(const char *name);
+/* One more reference of an entry that exists. */
+struct plugin_volume *registry_ref(struct plugin_volume *v);
 /* All listed volumes in order of name, each with a reference; *ret (free it) has *ret_n. */
 void registry_all_ref(struct plugin_volume ***ret, size_t *ret_n);
+/* The same, and mounted snapshots. */
+void registry_mounts_ref(struct plugin_volume ***ret, size_t *ret_n);
+/* Is one of the volume's snapshots mounted? */
+bool registry_has_snapshots(const struct plugin_volume *v);
 /* Makes it listed / not listed any more (the entry goes with its last reference). */
 void registry_set_listed(struct plugin_volume *v, bool listed);
 bool registry_is_listed(struct plugin_volume *v);

@@ -388,7 +388,7 @@ static int add_record(struct plugin_volume *v, const struct volume_spec *s, bool
                                .attached = spec_attached(s, engine)};
     int rc;
 
-    snprintf(ask.name, sizeof(ask.name), "%s", v->name);
+    snprintf(ask.name, sizeof(ask.name), "%.*s", AGENT_NAME_MAX - 1, v->name);
     rc = agent_call(AGENT_VOLUME_ADD, &ask, sizeof(ask), NULL, 0, AGENT_VOLUME_GET, ret, sizeof(*ret), AGENT_WAIT_MS,
                     why);
     for (size_t i = 0; i < s->nallow && rc == 0; i++)
@@ -566,6 +566,8 @@ static int remove_locked(struct plugin_volume *v, struct why *why)
         return remove_unlisted(v, why);
     if (mounts_busy(v))
         return why_set(why, -EBUSY, "volume %s is in use: stop the containers that use it, or unmount it", v->name);
+    if (registry_has_snapshots(v))
+        return why_set(why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", v->name);
     rc = agent_volume_rm(v->name, why);
     /* -ENOENT: an earlier remove was broken off after the key was destroyed. */
     if (rc < 0 && rc != -ENOENT)
@@ -645,8 +647,12 @@ static int care(struct plugin_volume *v, const struct care *c, const struct fspr
     } else if (mutex_lock_for(&v->op_lock, MOUNTS_PATIENCE_MS) < 0) {
         rc = why_set(why, -EBUSY, "volume %s is busy with another operation: try again later", v->name);
     } else {
-        rc = mounts_busy(v) ? why_set(why, -EBUSY, "volume %s is in use: try again, or unmount it", v->name)
-                            : care_unmounted(v, c, sink, why);
+        if (mounts_busy(v))
+            rc = why_set(why, -EBUSY, "volume %s is in use: try again, or unmount it", v->name);
+        else if (!c->task && registry_has_snapshots(v))
+            rc = why_set(why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", v->name);
+        else
+            rc = care_unmounted(v, c, sink, why);
         pthread_mutex_unlock(&v->op_lock);
     }
     fsproc_unref(fs);
@@ -765,38 +771,64 @@ int volumes_snapshot_create(struct plugin_volume *v, const char *snapshot, struc
     return change_snapshots(v, &c, "made", why);
 }
 
+/* Nobody mounts it meanwhile: that takes the same entry's lock. */
 int volumes_snapshot_remove(struct plugin_volume *v, const char *snapshot, struct why *why)
 {
     const struct care c = {.verb = "snapshot-remove",
                            .task = TASK_SNAPSHOT_REMOVE,
                            .options = {"--snapshot", snapshot},
                            .snapshot = snapshot};
+    int rc = check_snapshot_name(snapshot, why);
+    struct plugin_volume *s;
 
-    return change_snapshots(v, &c, "removed", why);
+    if (rc < 0)
+        return rc;
+    s = registry_reserve_snapshot_ref(v, snapshot);
+    if (mutex_lock_for(&s->op_lock, MOUNTS_PATIENCE_MS) < 0) {
+        rc = why_set(why, -EBUSY, "snapshot %s is busy with another operation: try again later", s->name);
+    } else {
+        rc = mounts_busy(s) ? why_set(why, -EBUSY, "snapshot %s is mounted: unmount it first", s->name)
+                            : change_snapshots(v, &c, "removed", why);
+        pthread_mutex_unlock(&s->op_lock);
+    }
+    registry_unref(s);
+    return rc;
 }
 
 static void rfc3339(int64_t ns, char out[32]);
 
+struct snapshot_list {
+    const struct plugin_volume *v;
+    json_t *list;
+};
+
 /* A line as server.h has it; what is none is left out: coffer-fs may have been taken over. */
 static void add_snapshot(void *ctx, const char *text)
 {
+    struct snapshot_list *l = ctx;
     const char *space = strchr(text, ' ');
     long long created;
     unsigned long long used;
-    char when[32];
+    struct plugin_volume *s;
+    char when[32], *name;
 
     if (!space || !snapshot_name_ok(text, (size_t)(space - text)) || sscanf(space, " %lld %llu", &created, &used) != 2)
         return;
     rfc3339(created, when);
-    json_array_append_new(ctx, json_pack("{s:s%, s:s, s:I}", "name", text, (size_t)(space - text), "created", when,
-                                         "used", (json_int_t)used));
+    name = xasprintf("%s@%.*s", l->v->name, (int)(space - text), text);
+    s = registry_find_mount_ref(name);
+    json_array_append_new(l->list, json_pack("{s:s%, s:s, s:I, s:b}", "name", text, (size_t)(space - text), "created",
+                                             when, "used", (json_int_t)used, "mounted", (int)(s != NULL)));
+    registry_unref(s);
+    free(name);
 }
 
 int volumes_snapshot_list(struct plugin_volume *v, json_t **ret, struct why *why)
 {
     static const struct care c = {.verb = "snapshot-list", .task = TASK_SNAPSHOT_LIST};
     json_t *list = json_array();
-    const struct fsproc_sink sink = {.line = add_snapshot, .ctx = list};
+    struct snapshot_list l = {v, list};
+    const struct fsproc_sink sink = {.line = add_snapshot, .ctx = &l};
     int rc = agent_need_unlocked(why);
 
     if (rc == 0)
@@ -807,6 +839,36 @@ int volumes_snapshot_list(struct plugin_volume *v, json_t **ret, struct why *why
     }
     *ret = list;
     return 0;
+}
+
+/* Its server would find out only when it is used. */
+static int need_snapshot(struct plugin_volume *v, const char *snapshot, struct why *why)
+{
+    json_t *list, *s;
+    bool found = false;
+    size_t i;
+    int rc = volumes_snapshot_list(v, &list, why);
+
+    if (rc < 0)
+        return rc;
+    json_array_foreach(list, i, s) found |= strcmp(json_string_value(json_object_get(s, "name")), snapshot) == 0;
+    json_decref(list);
+    return found ? 0 : why_set(why, -ENOENT, "volume %s: %s", v->name, server_snapshot_error(-ENOENT));
+}
+
+int volumes_snapshot_mount(struct plugin_volume *v, const char *snapshot, const char *dir, struct why *why)
+{
+    int rc = check_snapshot_name(snapshot, why);
+    struct plugin_volume *s;
+
+    if (rc == 0)
+        rc = need_snapshot(v, snapshot, why);
+    if (rc < 0)
+        return rc;
+    s = registry_reserve_snapshot_ref(v, snapshot);
+    rc = mounts_local_mount(s, dir, why);
+    registry_unref(s);
+    return rc;
 }
 
 /* --- the keystore's view --- */

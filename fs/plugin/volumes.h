@@ -41,11 +41,13 @@ int volumes_scrub(struct plugin_volume *v, uint64_t rate, struct why *why);
 /* Writes it into a stream; fds: secret, stream. The sink gets what cannot be read; its number. */
 int volumes_export(struct plugin_volume *v, const char *snapshot, const char *since, const int fds[2],
                    const struct fsproc_sink *sink, struct why *why);
-/* Changes its limit, mounted or not. */
 int volumes_snapshot_create(struct plugin_volume *v, const char *snapshot, struct why *why);
 int volumes_snapshot_remove(struct plugin_volume *v, const char *snapshot, struct why *why);
-/* An array of {name, created, used}, the caller's. */
+/* An array of {name, created, used, mounted}, the caller's. */
 int volumes_snapshot_list(struct plugin_volume *v, json_t **ret, struct why *why);
+/* Mounts it read-only at dir (mounts_local_mount), whether or not the volume is mounted. */
+int volumes_snapshot_mount(struct plugin_volume *v, const char *snapshot, const char *dir, struct why *why);
+/* Changes its limit, mounted or not. */
 int volumes_resize(struct plugin_volume *v, uint64_t size, struct why *why);
 /* Takes over from an unlocked keystore: volumes that the table lost, and whether each is fresh or used. */
 void volumes_reconcile(void);

@@ -825,15 +825,15 @@ out:
 ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
 {
     bool ride;
+    int rc;
 
     if (n > WRITE_MAX)
         return -EINVAL;
     if (off > VOLUME_FILE_MAX || n > VOLUME_FILE_MAX - off)
         return -EFBIG;
-    if (v->failed || v->read_only)
-        return v->failed ? -EIO : -EROFS;
-    if (n == 0)
-        return 0;
+    rc = volume_changes(v);
+    if (rc < 0 || n == 0)
+        return rc;
     ride = note_write(v, ino, off, n);
     return off % v->block || n % v->block ? write_any(v, ino, off, buf, n, ride)
                                           : write_aligned(v, ino, off, buf, n, ride);
@@ -1012,6 +1012,9 @@ int file_set_size(struct volume *v, uint64_t ino, uint64_t size)
 
     if (size > VOLUME_FILE_MAX)
         return -EFBIG;
+    rc = volume_changes(v);
+    if (rc < 0)
+        return rc;
     pthread_rwlock_wrlock(stripe);
     rc = get_regular(v, ino, &inode);
     if (rc == 0)
@@ -1079,8 +1082,9 @@ int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64
         return -EINVAL;
     if (off > VOLUME_FILE_MAX || len > VOLUME_FILE_MAX - off)
         return -EFBIG;
-    if (v->failed || v->read_only)
-        return v->failed ? -EIO : -EROFS;
+    rc = volume_changes(v);
+    if (rc < 0)
+        return rc;
     pthread_rwlock_wrlock(stripe);
     rc = get_regular(v, ino, &inode);
     if (rc == 0 && what)
@@ -1245,10 +1249,10 @@ static ssize_t copy_blocks(struct volume *v, uint64_t from, uint64_t from_off, u
 ssize_t vol_copy(struct volume *v, uint64_t from, uint64_t from_off, uint64_t to, uint64_t to_off, uint64_t n)
 {
     pthread_rwlock_t *a = inode_lock(v, from), *b = inode_lock(v, to);
-    ssize_t rc;
+    ssize_t rc = volume_changes(v);
 
-    if (v->failed || v->read_only)
-        return v->failed ? -EIO : -EROFS;
+    if (rc < 0)
+        return rc;
     if (from_off > VOLUME_FILE_MAX || n > SSIZE_MAX)
         return -EINVAL;
     pthread_rwlock_wrlock(MIN(a, b));

@@ -88,6 +88,12 @@ struct volume {
     bool thread_stop, thread_pending, thread_kick; /* [thread_mutex] */
 };
 
+/* 0 when it takes changes; -EIO in its error state; -EROFS. */
+static inline int volume_changes(const struct volume *v)
+{
+    return v->failed ? -EIO : v->read_only ? -EROFS : 0;
+}
+
 /* Puts the volume into its error state and reports it once. Returns -EIO. */
 int volume_fail(struct volume *v, const char *what, int err);
 /*

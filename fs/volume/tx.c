@@ -43,10 +43,9 @@ int tx_begin(struct volume *v, struct tx *tx, enum tx_room room)
     int rc;
 
     for (;;) {
-        if (v->failed)
-            return -EIO;
-        if (v->read_only)
-            return -EROFS;
+        rc = volume_changes(v);
+        if (rc < 0)
+            return rc;
         pthread_rwlock_wrlock(&v->state);
         if (!has_room(v)) {
             pthread_rwlock_unlock(&v->state);

@@ -454,7 +454,11 @@ static int find_snapshot(struct volume *v, const char *name, struct snapshot *re
 int volume_snapshot_open(struct store *data, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
                          const char *snapshot, const struct volume_options *options, struct volume **ret_volume)
 {
-    struct volume_options o = {.read_only = true, .cache_bytes = options->cache_bytes, .ctx = options->ctx};
+    struct volume_options o = {.read_only = true,
+                               .cache_bytes = options->cache_bytes,
+                               .seen = options->seen,
+                               .new_branch = options->new_branch,
+                               .ctx = options->ctx};
     struct volume *v = volume_new(data, NULL, &o);
     struct tree_io io = {read_node, v};
     size_t cache = o.cache_bytes ? o.cache_bytes : CACHE_DEFAULT;
@@ -468,6 +472,8 @@ int volume_snapshot_open(struct store *data, const struct key *key, const uint8_
     for (int tries = 1; rc == -EIO && tries < FIND_TRIES; tries++)
         rc = find_snapshot(v, snapshot, &s);
     v->options.on_damage = options->on_damage;
+    if (rc < 0 && rc != -ENOENT)
+        rc = find_snapshot(v, snapshot, &s); /* and says what is wrong */
     if (rc == 0) {
         snapshot_super(&s, &v->super);
         v->space_lost = true; /* nothing is ever allocated */

@@ -3,6 +3,7 @@
  * channel), and how coffer-fs is started:
  *
  *   coffer-fs serve NAME [--mount-id HEX] [--takeover HEX --patience MS] [--strict] [--profile database]
+ *                        [--snapshot NAME]     (then NAME is VOLUME@SNAPSHOT, and nothing is ever written)
  *   coffer-fs format|check|repair|resize|export|import|snapshot-create|snapshot-remove|snapshot-list NAME ...
  *
  * with the descriptors below at fixed numbers, everything else closed, as its own user without any capability and with
@@ -20,7 +21,7 @@
 enum server_fd {
     SERVER_FD_CONTROL = 3, /* this protocol */
     SERVER_FD_AGENT = 4,   /* the volume channel (agent.h) */
-    SERVER_FD_DATA = 5,    /* the backing files, open read-write */
+    SERVER_FD_DATA = 5,    /* the backing files, open read-write; to serve a snapshot, read-only */
     SERVER_FD_LOG = 6,
     SERVER_FD_FUSE = 7,   /* /dev/fuse, mounted by cofferd; only for serve, as what follows */
     SERVER_FD_PAGE = 8,   /* struct server_page */

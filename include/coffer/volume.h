@@ -210,7 +210,7 @@ int volume_snapshot_list(struct volume *v, int (*fn)(void *ctx, const struct vol
  * Opens a snapshot as a volume that is read-only, for as long as nobody removes it: also while another process uses the
  * volume itself. Needs nothing but `data`, read-only, which is the volume's from here on, also after a failure. The
  * snapshot must have been there at the volume's last checkpoint (volume_snapshot_create makes one). -ENOENT; -EIO,
- * -EKEYREJECTED, -ENOTSUP as volume_open. Of options, cache_bytes, on_damage and ctx count.
+ * -EKEYREJECTED, -ENOTSUP, -ESTALE as volume_open. Of options, cache_bytes, on_damage, ctx, seen and new_branch count.
  */
 int volume_snapshot_open(struct store *data, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
                          const char *snapshot, const struct volume_options *options, struct volume **ret_volume);

@@ -121,6 +121,67 @@ static void test_another_boot(void **state)
     free(text);
 }
 
+static void test_snapshots(void **state)
+{
+    struct plugin_volume *v = add("a"), *w = add("ab"), *s, **all;
+    struct why why;
+    char *first, *second;
+    size_t n;
+
+    (void)state;
+    s = registry_reserve_snapshot_ref(v, "monday");
+    assert_string_equal(s->name, "a@monday");
+    assert_null(registry_find_mount_ref("a@monday"));
+    assert_false(registry_has_snapshots(v));
+    registry_list_snapshot(s, v);
+    assert_true(registry_has_snapshots(v));
+    assert_false(registry_has_snapshots(w));
+    holder_add(s, "/srv/x", true)->count = 1;
+    s->mount = MOUNT_SERVING;
+    s->server = (struct process){77, 88};
+    first = registry_dump();
+    registry_unref(v), registry_unref(w), registry_unref(s);
+    registry_clear();
+    assert_int_equal(registry_parse(first, strlen(first), &why), 0);
+    assert_null(registry_find_ref("a@monday")); /* not a volume */
+    s = registry_find_mount_ref("a@monday");
+    assert_non_null(s);
+    assert_string_equal(s->snapshot, "monday");
+    assert_int_equal(s->params.size_limit, 1ull << 30);
+    assert_int_equal(s->id[15], 0xab);
+    assert_int_equal(s->mount, MOUNT_FAILED); /* until its server is found */
+    assert_int_equal(s->server.pid, 77);
+    assert_int_equal(holder_total(s), 1);
+    registry_all_ref(&all, &n);
+    assert_int_equal(n, 2);
+    registry_unref(all[0]), registry_unref(all[1]);
+    free(all);
+    registry_mounts_ref(&all, &n);
+    assert_int_equal(n, 3);
+    assert_ptr_equal(all[1], s);
+    for (size_t i = 0; i < n; i++)
+        registry_unref(all[i]);
+    free(all);
+    s->mount = MOUNT_SERVING;
+    second = registry_dump();
+    assert_string_equal(first, second);
+    registry_unref(s);
+    free(second);
+    /* Another boot has no mounts. */
+    registry_clear();
+    strcpy(plugin_config.boot_id, "boot-2");
+    assert_int_equal(registry_parse(first, strlen(first), &why), 0);
+    assert_null(registry_find_mount_ref("a@monday"));
+    free(first);
+    /* One that nothing lists is gone with its last reference. */
+    v = registry_find_ref("a");
+    registry_unref(registry_reserve_snapshot_ref(v, "tuesday"));
+    registry_mounts_ref(&all, &n);
+    assert_int_equal(n, 2);
+    registry_unref(all[0]), registry_unref(all[1]), registry_unref(v);
+    free(all);
+}
+
 static void test_only_listed_is_saved(void **state)
 {
     struct plugin_volume *v = registry_reserve_ref("unfinished");
@@ -281,6 +342,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup(test_round_trip, set_up),
         cmocka_unit_test_setup(test_another_boot, set_up),
+        cmocka_unit_test_setup(test_snapshots, set_up),
         cmocka_unit_test_setup(test_only_listed_is_saved, set_up),
         cmocka_unit_test_setup(test_removed_lives_while_referenced, set_up),
         cmocka_unit_test_setup(test_order_of_names, set_up),

@@ -269,6 +269,16 @@ static void test_kept(void **state)
     assert_int_equal(vol_mknod(s, ROOT, "x", S_IFREG | 0600, 0, 0, 0, &a), -EROFS);
     name_of(1, name);
     assert_int_equal(vol_unlink(s, ROOT, name), -EROFS);
+    assert_int_equal(vol_lookup(s, ROOT, name, &a), 0);
+    for (uint64_t size = 1; size < 10000000; size *= 100) {
+        struct vattr to = {.size = size};
+
+        assert_int_equal(vol_setattr(s, a.ino, VOL_SET_SIZE, &to, &to), -EROFS);
+        assert_int_equal(vol_fallocate(s, a.ino, 0, 0, size), -EROFS);
+        assert_int_equal(vol_write(s, a.ino, size, "x", 1), -EROFS);
+        assert_int_equal(vol_copy(s, a.ino, 0, a.ino, size, 1), -EROFS);
+    }
+    vol_forget(s, a.ino, 1);
     assert_int_equal(volume_snapshot_create(s, "x"), -EROFS);
     assert_int_equal(volume_snapshot_remove(s, "one"), -EROFS);
     assert_int_equal(volume_close(s), 0);
