@@ -348,7 +348,7 @@ int cli_volume_restart_server(struct cli *c)
     int rc;
 
     if (!c->operand[0] == !cli_get(c, "--all"))
-        return cli_usage(c, "give a volume's name, or VOLUME@SNAPSHOT, or --all");
+        return cli_usage(c, "give a volume's name, or --all");
     req = cli_request_new(c);
     if (c->operand[0])
         json_object_set_new(req, "name", json_string(c->operand[0]));
