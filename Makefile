@@ -110,8 +110,9 @@ $(BUILD)/fuzz/%: tests/fuzz/%.c $(FUZZ_OBJ)
 	@mkdir -p $(@D)
 	clang $(CPPFLAGS) $(FUZZ_FLAGS) -fsanitize=fuzzer -o $@ $< $(FUZZ_OBJ) $(shell pkg-config --libs jansson libsodium libseccomp)
 
-soak: all tests ## an hour of random file operations on mounts (root)
+soak: all tests ## two hours of file operations on mounts, one of them while servers are killed (root)
 	bash tests/fs/fsx.sh 3600
+	bash tests/fs/stress.sh 3600
 
 bench: all ## measure raw, gocryptfs and coffer (root)
 	scripts/bench

@@ -13,7 +13,7 @@ BUILD_PACKAGES=(gcc libc6-dev make pkg-config libfuse3-dev libsodium-dev libjans
     libcurl4-openssl-dev libseccomp-dev)
 ENGINE_PACKAGES=(docker.io busybox-static)
 TEST_PACKAGES=(libcmocka-dev clang llvm libclang-rt-14-dev python3 util-linux procps curl sqlite3 tzdata attr postgresql-15
-    mariadb-server strace)
+    mariadb-server strace stress-ng)
 
 say() { printf '%s\n' "$*"; }
 die() {

@@ -328,7 +328,7 @@ static void wait_slice(void)
 /* agent_lock held. Until the verdict is there. */
 static int ask_and_wait(fuse_req_t req, struct waiter *w, const struct agent_auth *ask)
 {
-    int64_t end = mono_ns() + (int64_t)MOUNT_WAIT_MS * 1000000;
+    int64_t since = mono_ns(), end = since + (int64_t)MOUNT_WAIT_MS * 1000000;
 
     for (;;) {
         if (!w->sent && agent_fd >= 0)
@@ -341,7 +341,7 @@ static int ask_and_wait(fuse_req_t req, struct waiter *w, const struct agent_aut
             return w->err;
         if (mono_ns() > end)
             return -EACCES;
-        if (req && fuse_req_interrupted(req))
+        if (req && mount_interrupted(req, since))
             return -EINTR;
     }
 }

@@ -111,16 +111,17 @@ static void wait_slice(void)
     pthread_cond_clockwait(&state_cond, &state_lock, CLOCK_MONOTONIC, &ts);
 }
 
-/* Waits while the volume is opened or closed. 0, -EINTR, -EACCES after `end`. */
+/* Waits while the volume is opened or closed. 0, -EINTR, -EACCES after `end`, mono_ns(). */
 static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
 {
+    int64_t since = mono_ns();
     int rc = 0;
 
     pthread_mutex_lock(&state_lock);
     while (rc == 0 && (state == OPENING || state == CLOSING)) {
         if (mono_ns() > end)
             rc = -EACCES;
-        else if (fuse_req_interrupted(req))
+        else if (mount_interrupted(req, since))
             rc = -EINTR;
         else
             wait_slice();

@@ -28,6 +28,7 @@
 
 #define MOUNT_IO_MAX    (1u << 20) /* bytes of one READ or WRITE */
 #define MOUNT_WAIT_MS   AGENT_TIMEOUT_MS
+#define MOUNT_PATIENCE  1000000000LL /* ns that a request goes on waiting although a signal has come */
 #define MOUNT_TIMEOUT_S 1e9 /* "without end": one server has the volume, so nothing changes behind the kernel's back */
 
 struct mount_config {
@@ -97,6 +98,15 @@ bool auth_next_lost(bool all, unsigned *at, struct agent_renew *ret);
 void auth_found(const struct agent_renew *q, bool found);
 
 /* --- channel.c --- */
+
+/*
+ * Shall the request, which waits since `since` (mono_ns) for the agent or for the volume, end with -EINTR? A program with
+ * a timer does not expect that of mkdir(2), so not while the wait is a short one.
+ */
+static inline bool mount_interrupted(fuse_req_t req, int64_t since)
+{
+    return mono_ns() - since > MOUNT_PATIENCE && fuse_req_interrupted(req);
+}
 
 /* What comes with a key. */
 struct channel_volume {
