@@ -323,6 +323,9 @@ int life_enter(fuse_req_t req, uint32_t opcode, unsigned flags, struct auth *ret
     bool open;
     int rc;
 
+    /* Also where root has made the kernel's side of the mount writable: nothing must get into its cache. */
+    if ((flags & LIFE_WRITE) && mount_config.snapshot)
+        return -EROFS;
     for (;;) {
         if (auth_cached(ctx->pid, ctx->uid, flags & LIFE_WRITE, ret)) {
             if (enter_allowed(ret, ret_volume) == 0)

@@ -350,7 +350,14 @@ static int do_accept_rollback(struct request *r)
 {
     const char *name = NULL;
     int rc = take_name(r, &name);
+    struct plugin_volume *v;
 
+    if (rc < 0)
+        return rc;
+    v = registry_find_ref(name);
+    if (v && registry_has_snapshots(v)) /* the branch that is given up would be written over beneath it */
+        rc = why_set(&r->why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", name);
+    registry_unref(v);
     return rc < 0 ? rc : agent_accept_rollback(name, &r->why);
 }
 

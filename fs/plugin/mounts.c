@@ -461,20 +461,28 @@ static bool take_over(struct plugin_volume *v)
 /* A snapshot that is not mounted any more, or could not be, has no entry. op_lock held. */
 static void unlist_snapshot(struct plugin_volume *v)
 {
-    if (v->snapshot && v->mount == MOUNT_IDLE && !is_held(v))
+    if (v->snapshot && v->mount == MOUNT_IDLE && !is_held(v) && registry_is_listed(v)) {
         registry_set_listed(v, false);
+        registry_save();
+    }
 }
 
-/* Its server has ended and is not replaced: what is left of the mount goes. op_lock held. */
-static void finish(struct plugin_volume *v)
+/* Its server has ended: what is left of the mount goes. op_lock held. */
+static void clear_mount(struct plugin_volume *v)
 {
     fuse_detach(v);
     pthread_mutex_lock(&registry_lock);
     v->has_init = false;
     pthread_mutex_unlock(&registry_lock);
     set_server(v, NULL, is_held(v) ? MOUNT_FAILED : MOUNT_IDLE);
-    unlist_snapshot(v);
     registry_save();
+}
+
+/* The same, and no other mount follows. */
+static void finish(struct plugin_volume *v)
+{
+    clear_mount(v);
+    unlist_snapshot(v);
 }
 
 /* op_lock held. */
@@ -691,13 +699,13 @@ static int ensure_mounted(struct plugin_volume *v, struct why *why)
             set_server(v, NULL, MOUNT_FAILED);
         } else {
             unbind_all(v);
-            finish(v);
+            clear_mount(v);
         }
     }
     if (v->mount == MOUNT_STOPPING) {
         if (fsproc_wait_end(v->fs, LOG_LOCK_MS) < 0)
             return why_set(why, -EBUSY, "volume %s is still being flushed: try again in a moment", v->name);
-        finish(v);
+        clear_mount(v);
     }
     if (v->mount == MOUNT_LINGERING)
         set_state(v, MOUNT_SERVING);

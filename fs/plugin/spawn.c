@@ -3,7 +3,8 @@
  *
  * Invariants:
  *  1. Between fork and exec the child makes only system calls: other threads may have held any lock at the fork.
- *  2. The child's descriptors are 0 and 1 (/dev/null), 2 (ours), and those it is given; nothing else.
+ *  2. The child's descriptors are 0 and 1 (/dev/null), 2 (ours), and those it is given; nothing else. It waits for us only
+ *     once that is so: two children that held the write ends of each other's pipes would wait for ever, with our locks.
  *  3. The program is opened by cofferd, so that the child's user needs no way to its path.
  */
 #include "spawn.h"
@@ -36,40 +37,34 @@ static void write_file(const char *path, const char *text)
     }
 }
 
-/* Moves the descriptors to their numbers; by way of high ones, so that none is overwritten before it is moved. */
-static int child_fds(const struct spawn *s, int exe, int devnull)
+/*
+ * Moves the descriptors to their numbers; by way of high ones, so that none is overwritten before it is moved. exe and gate
+ * come after them, until the exec.
+ */
+static int child_fds(const struct spawn *s, int exe, int gate, int devnull)
 {
-    int high[SPAWN_FDS_MAX + 1], last = FIRST_FD + s->nfds;
+    int high[SPAWN_FDS_MAX + 2], last = FIRST_FD + s->nfds + 1;
 
-    for (int i = 0; i <= s->nfds; i++) {
-        high[i] = fcntl(i < s->nfds ? s->fds[i] : exe, F_DUPFD, 64);
+    for (int i = 0; i < s->nfds + 2; i++) {
+        high[i] = fcntl(i < s->nfds ? s->fds[i] : i == s->nfds ? exe : gate, F_DUPFD, 64);
         if (high[i] < 0)
             return -1;
     }
     if (dup2(devnull, 0) < 0 || dup2(devnull, 1) < 0)
         return -1;
-    for (int i = 0; i <= s->nfds; i++) {
+    for (int i = 0; i < s->nfds + 2; i++) {
         if (dup2(high[i], FIRST_FD + i) < 0)
             return -1;
     }
-    if (syscall(SYS_close_range, last + 1, ~0U, 0) < 0)
+    if (syscall(SYS_close_range, last + 1, ~0U, 0) < 0 || fcntl(last, F_SETFD, FD_CLOEXEC) < 0)
         return -1;
-    return fcntl(last, F_SETFD, FD_CLOEXEC) < 0 ? -1 : last;
+    return fcntl(last - 1, F_SETFD, FD_CLOEXEC) < 0 ? -1 : last - 1;
 }
 
-/* Waits until the parent has said that it knows of the child. gate: both ends of a pipe. */
-static void wait_known(const int gate[2])
+static void child(const struct spawn *s, int exe, int gate, int devnull) __attribute__((noreturn));
+static void child(const struct spawn *s, int exe, int gate, int devnull)
 {
-    char c;
-
-    close(gate[1]);
-    if (read(gate[0], &c, 1) != 1)
-        _exit(126);
-}
-
-static void child(const struct spawn *s, int exe, int devnull, const int gate[2]) __attribute__((noreturn));
-static void child(const struct spawn *s, int exe, int devnull, const int gate[2])
-{
+    char known;
     static char *const env[] = {NULL};
     struct sigaction dfl = {.sa_handler = SIG_DFL};
     sigset_t none;
@@ -81,11 +76,11 @@ static void child(const struct spawn *s, int exe, int devnull, const int gate[2]
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(077);
-    wait_known(gate);
     if (chdir("/") < 0)
         _exit(126);
-    exe = child_fds(s, exe, devnull);
-    if (exe < 0)
+    exe = child_fds(s, exe, gate, devnull);
+    /* Nothing comes from a parent that has died. */
+    if (exe < 0 || read(exe + 1, &known, 1) != 1)
         _exit(126);
     if (s->io_flusher) {
         prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
@@ -121,7 +116,7 @@ int spawn_start(const struct spawn *s, struct process *ret_process, int *ret_pid
         goto out;
     }
     if (pid == 0)
-        child(s, exe, devnull, gate);
+        child(s, exe, gate[0], devnull);
     /* The child is a zombie at worst until we reap it, so its number is its own. */
     pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (pidfd < 0 || process_identify(pid, &p) < 0) {

@@ -860,6 +860,7 @@ int volumes_snapshot_mount(struct plugin_volume *v, const char *snapshot, const 
 {
     int rc = check_snapshot_name(snapshot, why);
     struct plugin_volume *s;
+    struct why ignored;
 
     if (rc == 0)
         rc = need_snapshot(v, snapshot, why);
@@ -868,6 +869,12 @@ int volumes_snapshot_mount(struct plugin_volume *v, const char *snapshot, const 
     s = registry_reserve_snapshot_ref(v, snapshot);
     rc = mounts_local_mount(s, dir, why);
     registry_unref(s);
+    if (rc < 0)
+        return rc;
+    /* Only now it cannot be removed any more. */
+    rc = need_snapshot(v, snapshot, why);
+    if (rc < 0)
+        mounts_local_umount(dir, &ignored);
     return rc;
 }
 

@@ -448,7 +448,10 @@ static int find_snapshot(struct volume *v, const char *name, struct snapshot *re
     return rc;
 }
 
-/* The volume may be in use by somebody else: a tree that is two checkpoints old may be written over while it is read. */
+/*
+ * The volume may be in use by somebody else: a tree that is two checkpoints old may be written over while it is read, and
+ * superblocks between the reading of one and the other.
+ */
 #define FIND_TRIES 5
 
 int volume_snapshot_open(struct store *data, const struct key *key, const uint8_t id[VOLUME_ID_BYTES],
@@ -469,7 +472,7 @@ int volume_snapshot_open(struct store *data, const struct key *key, const uint8_
         rc = vkeys_derive(key, id, &v->keys);
     if (rc == 0)
         rc = find_snapshot(v, snapshot, &s);
-    for (int tries = 1; rc == -EIO && tries < FIND_TRIES; tries++)
+    for (int tries = 1; (rc == -EIO || rc == -ESTALE || rc == -EKEYREJECTED) && tries < FIND_TRIES; tries++)
         rc = find_snapshot(v, snapshot, &s);
     v->options.on_damage = options->on_damage;
     if (rc < 0 && rc != -ENOENT)

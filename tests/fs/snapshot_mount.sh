@@ -40,6 +40,7 @@ mount -i -o remount,rw "$T/a" || true # whoever is root may do that to the kerne
 for what in "touch $T/a/new" "rm $T/a/tree/7" "chmod 0 $T/a/tree/7" "truncate -s 1 $T/a/tree/7" "mkdir $T/a/d"; do
     one_line 1 'Read-only' $what
 done
+{ echo x >>"$T/a/tree/7"; } 2>/dev/null && fail "something was appended: nothing may get into the kernel's cache"
 snapshot ls v
 grep -Eq '^first .* yes$' "$T/out" || fail "ls: $(cat "$T/out")"
 coffer volume ls | grep -q '@' && fail "a snapshot is listed as a volume"
@@ -94,6 +95,27 @@ kill -9 "$(cofferd_pid)" "$(server_pid v@first)"
 cofferd_start
 coffer unlock --key-file "$T/key" >/dev/null || fail "unlock"
 both "with a new cofferd and a new server"
+for k in 1 2 3 4 5 6; do
+    mkdir -p "$T/many-$k"
+    snapshot create v "many-$k"
+    snapshot mount v "many-$k" "$T/many-$k"
+    ls "$T/many-$k" >/dev/null
+done
+for round in 1 2 3 4 5 6; do
+    for k in 1 2 3 4 5 6; do kill -9 "$(server_pid "v@many-$k")"; done
+    sleep "0.0$((RANDOM % 10))"
+    old=$(cofferd_pid)
+    kill -9 "$old" # while it starts the next ones
+    wait_for 5 test -z "$(pgrep -f "^cofferd --root $T/c( |\$)" | grep -vx "$old" || true)"
+    cofferd_start
+    coffer unlock --key-file "$T/key" >/dev/null || fail "unlock, round $round"
+    for k in 1 2 3 4 5 6; do wait_for 20 ls "$T/many-$k/busy"; done
+done
+for k in 1 2 3 4 5 6; do
+    coffer umount "$T/many-$k" >/dev/null || fail "umount"
+    snapshot rm v "many-$k"
+done
+both "after all that"
 kill $load || fail "the load has ended: a death was not a pause for the volume"
 wait $load 2>/dev/null || true
 coffer lock >/dev/null

@@ -754,6 +754,6 @@ int main(void)
         TEST(test_synced_then_damaged), TEST(test_link_of_orphan),
     };
 
-    alarm(120);
+    alarm(900); /* it may run at the lowest priority */
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
