@@ -95,23 +95,26 @@ kill -9 "$(cofferd_pid)" "$(server_pid v@first)"
 cofferd_start
 coffer unlock --key-file "$T/key" >/dev/null || fail "unlock"
 both "with a new cofferd and a new server"
-for k in 1 2 3 4 5 6; do
+many=$(seq 6)
+for k in $many; do
     mkdir -p "$T/many-$k"
     snapshot create v "many-$k"
     snapshot mount v "many-$k" "$T/many-$k"
     ls "$T/many-$k" >/dev/null
 done
-for round in 1 2 3 4 5 6; do
-    for k in 1 2 3 4 5 6; do kill -9 "$(server_pid "v@many-$k")"; done
-    sleep "0.0$((RANDOM % 10))"
+# Children that it had started, and that are nothing yet, do not outlive it.
+forks_gone() { [ -z "$(pgrep -f "^cofferd --root $T/c( |\$)" | grep -vx "$1")" ]; }
+for round in $(seq 5); do
+    for k in $many; do kill -9 "$(server_pid "v@many-$k")"; done
+    sleep "0.0$((10 + RANDOM % 90))"
     old=$(cofferd_pid)
     kill -9 "$old" # while it starts the next ones
-    wait_for 5 test -z "$(pgrep -f "^cofferd --root $T/c( |\$)" | grep -vx "$old" || true)"
+    wait_for 5 forks_gone "$old"
     cofferd_start
     coffer unlock --key-file "$T/key" >/dev/null || fail "unlock, round $round"
-    for k in 1 2 3 4 5 6; do wait_for 20 ls "$T/many-$k/busy"; done
+    for k in $many; do wait_for 20 ls "$T/many-$k/busy"; done
 done
-for k in 1 2 3 4 5 6; do
+for k in $many; do
     coffer umount "$T/many-$k" >/dev/null || fail "umount"
     snapshot rm v "many-$k"
 done
