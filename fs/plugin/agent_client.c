@@ -97,8 +97,7 @@ int agent_call(uint16_t type, const void *body, uint32_t len, const int *fds, in
     return rc;
 }
 
-/* The agent knows volumes, not their mounted snapshots (VOLUME@SNAPSHOT). */
-static void set_name(char out[AGENT_NAME_MAX], const char *name)
+void agent_set_name(char out[AGENT_NAME_MAX], const char *name)
 {
     snprintf(out, AGENT_NAME_MAX, "%.*s", (int)strcspn(name, "@"), name);
 }
@@ -136,7 +135,7 @@ int agent_volume_get(const char *name, struct agent_volume *ret, struct why *why
     struct agent_name ask = {0};
     int rc;
 
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     rc = agent_call(AGENT_VOLUME_GET, &ask, sizeof(ask), NULL, 0, AGENT_VOLUME_GET, ret, sizeof(*ret), AGENT_WAIT_MS,
                     why);
     if (rc == 0 && (!memchr(ret->name, 0, sizeof(ret->name)) || !volume_name_ok(ret->name)))
@@ -148,7 +147,7 @@ static int call_name(uint16_t type, const char *name, struct why *why)
 {
     struct agent_name ask = {0};
 
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     return call_reply(type, &ask, sizeof(ask), why);
 }
 
@@ -166,7 +165,7 @@ int agent_volume_set_state(const char *name, uint32_t state, struct why *why)
 {
     struct agent_volume_state ask = {.state = state};
 
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     return call_reply(AGENT_VOLUME_STATE, &ask, sizeof(ask), why);
 }
 
@@ -174,7 +173,7 @@ int agent_volume_set_size(const char *name, uint64_t size_limit, struct why *why
 {
     struct agent_volume_size ask = {.size_limit = size_limit};
 
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     return call_reply(AGENT_VOLUME_SIZE, &ask, sizeof(ask), why);
 }
 
@@ -184,7 +183,7 @@ int agent_rule(uint16_t type, const char *name, bool deny, const char *rule, str
 
     if (strlen(rule) >= sizeof(ask.rule))
         return why_set(why, -EINVAL, "a rule has at most %zu characters", sizeof(ask.rule) - 1);
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     memcpy(ask.rule, rule, strlen(rule));
     return call_reply(type, &ask, sizeof(ask), why);
 }
@@ -198,7 +197,7 @@ int agent_rules_get(const char *name, json_t **ret_rules, struct why *why)
         struct agent_index ask = {.index = i};
         struct agent_rule rule;
 
-        set_name(ask.name, name);
+        agent_set_name(ask.name, name);
         rc = agent_call(AGENT_RULE_GET, &ask, sizeof(ask), NULL, 0, AGENT_RULE_GET, &rule, sizeof(rule), AGENT_WAIT_MS,
                         why);
         if (rc < 0)
@@ -225,7 +224,7 @@ int agent_bind(const char *name, uint32_t purpose, int *ret_fd, struct why *why)
     struct agent_bind ask = {.purpose = purpose};
     int pair[2], rc;
 
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     randombytes_buf(&ask.mount_id, sizeof(ask.mount_id));
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
         return why_set(why, -errno, "socketpair: %s", strerror(errno));
@@ -242,7 +241,7 @@ int agent_engine(const char *name, uint32_t kind, pid_t tgid, int pidfd, uint64_
 {
     struct agent_engine ask = {.kind = kind, .tgid = tgid, .mount_ref = ref};
 
-    set_name(ask.name, name);
+    agent_set_name(ask.name, name);
     return agent_call(AGENT_ENGINE, &ask, sizeof(ask), &pidfd, pidfd >= 0 ? 1 : 0, AGENT_REPLY, NULL, 0, AGENT_WAIT_MS,
                       why);
 }
@@ -252,7 +251,7 @@ void agent_note(const char *name, const char *event, const char *text)
     struct agent_note note = {0};
     struct why why;
 
-    set_name(note.name, name);
+    agent_set_name(note.name, name);
     snprintf(note.event, sizeof(note.event), "%s", event);
     if (strchr(name, '@'))
         snprintf(note.text, sizeof(note.text), "snapshot %s%s%s", strchr(name, '@') + 1, *text ? ": " : "", text);

@@ -38,6 +38,8 @@ int agent_rules_get(const char *name, json_t **ret_rules, struct why *why);
 int agent_bind(const char *name, uint32_t purpose, int *ret_fd, struct why *why);
 /* pidfd is of the engine's process; -1 for AGENT_ENGINE_END. */
 int agent_engine(const char *name, uint32_t kind, pid_t tgid, int pidfd, uint64_t ref, struct why *why);
+/* Fills the field of a request that names the volume; of VOLUME@SNAPSHOT the agent knows the volume. */
+void agent_set_name(char out[AGENT_NAME_MAX], const char *name);
 /* An audit record; failure is logged, not returned. */
 void agent_note(const char *name, const char *event, const char *text);
 

@@ -355,8 +355,8 @@ static int do_accept_rollback(struct request *r)
     if (rc < 0)
         return rc;
     v = registry_find_ref(name);
-    if (v && registry_has_snapshots(v)) /* the branch that is given up would be written over beneath it */
-        rc = why_set(&r->why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", name);
+    if (v) /* the branch that is given up would be written over beneath a mounted snapshot */
+        rc = mounts_need_no_snapshots(v, &r->why);
     registry_unref(v);
     return rc < 0 ? rc : agent_accept_rollback(name, &r->why);
 }
@@ -693,7 +693,7 @@ static int do_why(struct request *r)
         rc = take_volume(r, name, &v);
     if (rc < 0)
         return rc;
-    snprintf(ask.name, sizeof(ask.name), "%.*s", AGENT_NAME_MAX - 1, v->name);
+    agent_set_name(ask.name, v->name);
     ask.pid = (int32_t)n;
     ask.write = json_is_true(write);
     registry_unref(v);

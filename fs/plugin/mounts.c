@@ -1248,6 +1248,13 @@ bool mounts_busy(struct plugin_volume *v)
     return busy;
 }
 
+int mounts_need_no_snapshots(const struct plugin_volume *v, struct why *why)
+{
+    return registry_has_snapshots(v)
+               ? why_set(why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", v->name)
+               : 0;
+}
+
 struct fsproc *mounts_server_ref(struct plugin_volume *v)
 {
     struct fsproc *fs = NULL;

@@ -42,6 +42,8 @@ int mounts_restart_server(struct plugin_volume *v, struct mounts_restarted *ret,
 int mounts_open_backing(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why);
 /* True while it is mounted, held, or its server lives. Takes registry_lock. */
 bool mounts_busy(struct plugin_volume *v);
+/* 0, or -EBUSY with the reason: one of the volume's snapshots is mounted. */
+int mounts_need_no_snapshots(const struct plugin_volume *v, struct why *why);
 /* The server, with a reference, while it serves; else NULL. */
 struct fsproc *mounts_server_ref(struct plugin_volume *v);
 

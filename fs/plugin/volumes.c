@@ -388,7 +388,7 @@ static int add_record(struct plugin_volume *v, const struct volume_spec *s, bool
                                .attached = spec_attached(s, engine)};
     int rc;
 
-    snprintf(ask.name, sizeof(ask.name), "%.*s", AGENT_NAME_MAX - 1, v->name);
+    agent_set_name(ask.name, v->name);
     rc = agent_call(AGENT_VOLUME_ADD, &ask, sizeof(ask), NULL, 0, AGENT_VOLUME_GET, ret, sizeof(*ret), AGENT_WAIT_MS,
                     why);
     for (size_t i = 0; i < s->nallow && rc == 0; i++)
@@ -566,8 +566,9 @@ static int remove_locked(struct plugin_volume *v, struct why *why)
         return remove_unlisted(v, why);
     if (mounts_busy(v))
         return why_set(why, -EBUSY, "volume %s is in use: stop the containers that use it, or unmount it", v->name);
-    if (registry_has_snapshots(v))
-        return why_set(why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", v->name);
+    rc = mounts_need_no_snapshots(v, why);
+    if (rc < 0)
+        return rc;
     rc = agent_volume_rm(v->name, why);
     /* -ENOENT: an earlier remove was broken off after the key was destroyed. */
     if (rc < 0 && rc != -ENOENT)
@@ -649,9 +650,9 @@ static int care(struct plugin_volume *v, const struct care *c, const struct fspr
     } else {
         if (mounts_busy(v))
             rc = why_set(why, -EBUSY, "volume %s is in use: try again, or unmount it", v->name);
-        else if (!c->task && registry_has_snapshots(v))
-            rc = why_set(why, -EBUSY, "a snapshot of volume %s is mounted: unmount it first", v->name);
         else
+            rc = c->task ? 0 : mounts_need_no_snapshots(v, why);
+        if (rc == 0)
             rc = care_unmounted(v, c, sink, why);
         pthread_mutex_unlock(&v->op_lock);
     }

@@ -144,7 +144,7 @@ void vol_forget(struct volume *v, uint64_t ino, uint64_t n)
     pthread_rwlock_rdlock(&v->state);
     rc = inode_get(v, ino, &i);
     pthread_rwlock_unlock(&v->state);
-    if (rc == 0 && i.nlink == 0 && !v->failed && !v->read_only)
+    if (rc == 0 && i.nlink == 0 && volume_changes(v) == 0)
         file_destroy(v, ino);
 }
 

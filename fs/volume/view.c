@@ -80,9 +80,9 @@ int view_open(struct volume *v, bool fresh, struct view *ret_view)
     struct view *w = ret_view;
 
     *w = (struct view){.v = v};
-    if (!v->read_only && !v->failed && fresh)
+    if (volume_changes(v) == 0 && fresh)
         checkpoint_run(v, 0);
-    if (v->read_only || v->failed)
+    if (volume_changes(v) < 0)
         return open_live(v, w);
     /* Between checkpoints everything freed before the newest superblock is free already: the hold keeps the rest. */
     pthread_mutex_lock(&v->checkpoint_mutex);
