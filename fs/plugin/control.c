@@ -285,7 +285,7 @@ static int create(struct request *r, struct volume_import *import)
     if (progress)
         sink.progress = send_progress;
     if (import)
-        import->sink = &sink;
+        import->sink = &sink; // cppcheck-suppress autoVariables
     if (rc == 0)
         rc = volumes_create(name, &spec, false, import, &r->why);
     if (rc == 0)

@@ -848,7 +848,7 @@ int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds
         return why_set(why, -EBUSY, "something else is under way on this volume, or it is being unmounted");
     }
     t.id = head.id = p->next_id++;
-    p->task = &t;
+    p->task = &t; // cppcheck-suppress autoVariables
     rc = msg_send(p->ctl, &head, task, fds, nfds);
     if (rc < 0)
         p->task = NULL;

@@ -634,6 +634,7 @@ static int rename_committed(struct volume *v, uint64_t dir, const char *name, ui
                             unsigned flags, const struct making *whiteout)
 {
     struct renaming r = {0};
+    struct inode none = {0};
     struct tx tx;
     int rc;
 
@@ -659,7 +660,7 @@ static int rename_committed(struct volume *v, uint64_t dir, const char *name, ui
     rc = do_rename(&tx, &r, name, newname, flags, whiteout);
     if (rc < 0)
         return tx_abort(&tx, rc);
-    return commit_dropped(&tx, flags & RENAME_EXCHANGE ? &(struct inode){0} : &r.other);
+    return commit_dropped(&tx, flags & RENAME_EXCHANGE ? &none : &r.other);
 }
 
 int vol_rename(struct volume *v, uint64_t dir, const char *name, uint64_t newdir, const char *newname, unsigned flags)

@@ -79,10 +79,10 @@ static void rehash(struct refs *r)
 /* [mutex] ino's entry, made if need be. */
 static struct ref *get(struct refs *r, uint64_t ino)
 {
-    struct ref **e = find(r, ino), *made;
+    struct ref **e = find(r, ino), *made = *e;
 
-    if (*e)
-        return *e;
+    if (made)
+        return made;
     made = *e = xcalloc(1, sizeof(*made));
     made->ino = ino;
     made->more = ino < r->unknown;
