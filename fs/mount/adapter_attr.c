@@ -134,6 +134,8 @@ void op_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int to_set, str
             rc = adapter_kill_suidgid(v, ino);
         if (rc == 0)
             rc = vol_setattr(v, ino, set, &in, &attr);
+        if (rc == 0 && (set & VOL_SET_MTIME))
+            inodes_times_due(ino, false);
         adapter_leave(&a);
     }
     if (rc < 0) {

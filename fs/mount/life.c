@@ -383,6 +383,21 @@ static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
     free(ino);
 }
 
+/* The kernel has written its data, but its times would come too late. */
+static void set_times_due(void)
+{
+    struct vattr now = {.mtime = now_ns()}, attr;
+    struct volume *v;
+    uint64_t *ino;
+    size_t n = inodes_list(INODES_TIMES_DUE, &ino, NULL);
+
+    life_enter_any(&v);
+    for (size_t i = 0; v && i < n; i++)
+        (void)vol_setattr(v, ino[i], VOL_SET_MTIME, &now, &attr);
+    life_leave();
+    free(ino);
+}
+
 /* A server that has taken over may not know what the kernel has of before. */
 static void invalidate_unknown(struct fuse_session *se)
 {
@@ -470,6 +485,7 @@ int life_lock(struct fuse_session *se, bool notify)
     pthread_mutex_unlock(&state_lock);
     if (notify) {
         invalidate_inodes(se, INODES_WRITTEN); /* writes dirty pages and waits for them */
+        set_times_due();
         invalidate_inodes(se, INODES_OPENED);
         invalidate_unknown(se);
         invalidate_root_entries(se);

@@ -575,7 +575,7 @@ struct change {
     uint64_t size;
     bool clear_inline;
     bool grows; /* not allowed to use the reserve */
-    bool quiet; /* only the form changes: no new times, so that a crash, or an error, right after it shows nothing */
+    bool quiet; /* no new times. Where only the form changes, a crash, or an error, right after it shows nothing */
 };
 
 /* Logs a batch (which may be empty) and the inode's new size in one transaction. */
@@ -638,9 +638,15 @@ static int read_old(struct volume *v, const struct inode *inode, uint64_t off, u
     return rc;
 }
 
+/* How a write is done. */
+struct way {
+    bool ride;  /* in the log, see note_write */
+    bool quiet; /* the file's times stay */
+};
+
 /* [stripe exclusive] A write that leaves the file inline. buf NULL writes zeroes. */
 static int write_inline(struct volume *v, const struct inode *old, uint64_t off, const void *buf, size_t n,
-                        uint64_t size)
+                        uint64_t size, struct way way)
 {
     struct tree_key key = tree_key(ITEM_INLINE, old->ino, 0);
     uint8_t content[INLINE_MAX] = {0};
@@ -661,7 +667,8 @@ static int write_inline(struct volume *v, const struct inode *old, uint64_t off,
     else if (n)
         memset(content + off, 0, n);
     inode.size = size;
-    inode.mtime = inode.ctime = tx.now;
+    if (!way.quiet)
+        inode.mtime = inode.ctime = tx.now;
     /* Truncated bytes are not in the item any more: invariant 2. */
     rc = tx_put(&tx, &key, content, size);
     if (rc == 0)
@@ -689,7 +696,7 @@ static int convert_inline(struct volume *v, const struct inode *inode)
 /* [stripe exclusive] Writes n <= WRITE_MAX bytes into blocks; an inline file becomes one of blocks. buf NULL: zeroes,
  * at the edge of a hole that is being made; that may use the reserve. */
 static int write_blocks(struct volume *v, const struct inode *inode, uint64_t off, const uint8_t *buf, size_t n,
-                        uint64_t size, bool ride)
+                        uint64_t size, struct way way)
 {
     bool grows = buf || n == 0;
     uint64_t lo = off / v->block, hi = blocks_of(v, off + n);
@@ -702,7 +709,7 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
         rc = convert_inline(v, inode);
     if (rc < 0)
         goto out;
-    b->ride = ride;
+    b->ride = way.ride;
     if (n && (!buf || off % v->block || (off + n) % v->block)) {
         uint64_t start = lo * v->block, end = hi * v->block;
 
@@ -722,7 +729,7 @@ static int write_blocks(struct volume *v, const struct inode *inode, uint64_t of
     if (n)
         rc = batch_write_hard(v, b, lo, hi - lo, buf, grows);
     if (rc == 0)
-        rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows, false});
+        rc = commit_batch(v, inode->ino, b, &(struct change){size, true, grows, way.quiet});
 out:
     free(plain);
     batch_free(v, b);
@@ -774,7 +781,7 @@ void file_note_sync(struct volume *v, uint64_t ino)
 
 /* --- vol_write --- */
 
-static ssize_t write_any(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool ride)
+static ssize_t write_any(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, struct way way)
 {
     pthread_rwlock_t *stripe = inode_lock(v, ino);
     struct inode inode;
@@ -786,9 +793,9 @@ static ssize_t write_any(struct volume *v, uint64_t ino, uint64_t off, const voi
         uint64_t size = MAX(inode.size, off + n);
 
         if ((inode.flags & INODE_INLINE) && size <= INLINE_MAX)
-            rc = write_inline(v, &inode, off, buf, n, size);
+            rc = write_inline(v, &inode, off, buf, n, size, way);
         else
-            rc = write_blocks(v, &inode, off, buf, n, size, ride);
+            rc = write_blocks(v, &inode, off, buf, n, size, way);
     }
     pthread_rwlock_unlock(stripe);
     return rc < 0 ? rc : (ssize_t)n;
@@ -796,7 +803,7 @@ static ssize_t write_any(struct volume *v, uint64_t ino, uint64_t off, const voi
 
 /* Whole blocks need nothing of what the file holds: they are sealed and written before its lock is taken, so that
  * several writes of one file go on side by side. */
-static ssize_t write_aligned(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool ride)
+static ssize_t write_aligned(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, struct way way)
 {
     pthread_rwlock_t *stripe = inode_lock(v, ino);
     struct batch *b = batch_new();
@@ -804,7 +811,7 @@ static ssize_t write_aligned(struct volume *v, uint64_t ino, uint64_t off, const
     struct inode inode;
     int rc;
 
-    b->ride = ride;
+    b->ride = way.ride;
     rc = batch_write_hard(v, b, lo, n / v->block, buf, true);
     if (rc < 0)
         goto out;
@@ -815,16 +822,16 @@ static ssize_t write_aligned(struct volume *v, uint64_t ino, uint64_t off, const
     if (rc < 0)
         batch_cancel(v, b);
     else
-        rc = commit_batch(v, ino, b, &(struct change){MAX(inode.size, off + n), true, true, false});
+        rc = commit_batch(v, ino, b, &(struct change){MAX(inode.size, off + n), true, true, way.quiet});
     pthread_rwlock_unlock(stripe);
 out:
     batch_free(v, b);
     return rc < 0 ? rc : (ssize_t)n;
 }
 
-ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+static ssize_t do_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n, bool quiet)
 {
-    bool ride;
+    struct way way = {.quiet = quiet};
     int rc;
 
     if (n > WRITE_MAX)
@@ -834,9 +841,19 @@ ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf,
     rc = volume_changes(v);
     if (rc < 0 || n == 0)
         return rc;
-    ride = note_write(v, ino, off, n);
-    return off % v->block || n % v->block ? write_any(v, ino, off, buf, n, ride)
-                                          : write_aligned(v, ino, off, buf, n, ride);
+    way.ride = note_write(v, ino, off, n);
+    return off % v->block || n % v->block ? write_any(v, ino, off, buf, n, way)
+                                          : write_aligned(v, ino, off, buf, n, way);
+}
+
+ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+{
+    return do_write(v, ino, off, buf, n, false);
+}
+
+ssize_t vol_write_back(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n)
+{
+    return do_write(v, ino, off, buf, n, true);
 }
 
 /* --- freeing --- */
@@ -988,7 +1005,7 @@ out:
 static int set_size(struct volume *v, const struct inode *inode, uint64_t size)
 {
     if ((inode->flags & INODE_INLINE) && size <= INLINE_MAX)
-        return write_inline(v, inode, 0, NULL, 0, size);
+        return write_inline(v, inode, 0, NULL, 0, size, (struct way){0});
     if (size < inode->size)
         return shrink_blocks(v, inode, size);
     /* Growing: an inline file's content goes into its first block, if it has any. */
@@ -997,11 +1014,11 @@ static int set_size(struct volume *v, const struct inode *inode, uint64_t size)
         int rc = read_old(v, inode, 0, content, inode->size);
 
         if (rc == 0)
-            rc = write_blocks(v, inode, 0, content, inode->size, size, false);
+            rc = write_blocks(v, inode, 0, content, inode->size, size, (struct way){0});
         free(content);
         return rc;
     }
-    return write_blocks(v, inode, 0, NULL, 0, size, false);
+    return write_blocks(v, inode, 0, NULL, 0, size, (struct way){0});
 }
 
 int file_set_size(struct volume *v, uint64_t ino, uint64_t size)
@@ -1035,15 +1052,15 @@ static int zero_range(struct volume *v, const struct inode *inode, uint64_t off,
     if (off >= end)
         return 0;
     if (inode->flags & INODE_INLINE)
-        return write_inline(v, inode, off, NULL, end - off, inode->size);
+        return write_inline(v, inode, off, NULL, end - off, inode->size, (struct way){0});
     lo = blocks_of(v, off);
     hi = end == inode->size ? blocks_of(v, end) : end / v->block;
     if (lo >= hi)
-        return write_blocks(v, inode, off, NULL, end - off, inode->size, false);
+        return write_blocks(v, inode, off, NULL, end - off, inode->size, (struct way){0});
     if (off < lo * v->block)
-        rc = write_blocks(v, inode, off, NULL, lo * v->block - off, inode->size, false);
+        rc = write_blocks(v, inode, off, NULL, lo * v->block - off, inode->size, (struct way){0});
     if (rc == 0 && end > hi * v->block)
-        rc = write_blocks(v, inode, hi * v->block, NULL, end - hi * v->block, inode->size, false);
+        rc = write_blocks(v, inode, hi * v->block, NULL, end - hi * v->block, inode->size, (struct way){0});
     if (rc == 0)
         rc = free_blocks(v, inode->ino, lo, hi, true);
     return rc;

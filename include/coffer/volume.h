@@ -288,6 +288,8 @@ int vol_removexattr(struct volume *v, uint64_t ino, const char *name);
 ssize_t vol_read(struct volume *v, uint64_t ino, uint64_t off, void *buf, size_t n);
 /* Writes all n bytes (at most 1 MiB) or nothing. Returns n. An aligned block is atomic through a power cut. -EFBIG. */
 ssize_t vol_write(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n);
+/* The same, but the file's times stay: who had the data cached sets them. */
+ssize_t vol_write_back(struct volume *v, uint64_t ino, uint64_t off, const void *buf, size_t n);
 /* mode: 0, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE|KEEP_SIZE, FALLOC_FL_ZERO_RANGE[|KEEP_SIZE]. Space is not reserved in
  * this version: allocation only checks that there is room. */
 int vol_fallocate(struct volume *v, uint64_t ino, int mode, uint64_t off, uint64_t len);
