@@ -2,6 +2,8 @@
  * care.c - looking after the volume: tasks that cofferd gives the server of a mounted one, and runs of coffer-fs for
  * one that is not mounted.
  *
+ * A task may bring a channel to the agent: with it a volume that nobody has used yet is opened, and closed afterwards.
+ *
  * A task uses the engine like any request (life_enter_any), but for minutes: so it looks whether the volume is being
  * locked, and gives way at once. The scrub enters anew for each of its small steps.
  */
@@ -28,11 +30,13 @@ struct run {
     struct server_task task;
     int fds[MSG_FDS_MAX];
     int nfds;
+    int agent;                  /* of a task: opens the volume; or -1 */
     struct export_secret *next; /* of an import, in locked memory */
 };
 
 static pthread_mutex_t care_lock = PTHREAD_MUTEX_INITIALIZER; /* what follows */
 static bool task_busy, scrubbing;
+static bool opened; /* by a task: the last one closes it */
 static struct volume_scrub scrub_at;
 
 /* --- reports --- */
@@ -157,6 +161,40 @@ static int snapshot_line(void *ctx, const struct volume_snapshot *s)
     return 0;
 }
 
+/* --- begin and end of tasks --- */
+
+static int task_begin(struct run *r)
+{
+    int rc;
+
+    if (r->agent < 0)
+        return life_is_open() ? 0 : -ENOKEY;
+    pthread_mutex_lock(&care_lock);
+    opened = true;
+    pthread_mutex_unlock(&care_lock);
+    rc = life_open(r->agent);
+    close_quiet(r->agent);
+    return rc;
+}
+
+/* busy: its own flag. */
+static void task_end(bool *busy)
+{
+    bool last;
+
+    pthread_mutex_lock(&care_lock);
+    last = opened && task_busy + scrubbing == 1;
+    if (!last)
+        *busy = false;
+    pthread_mutex_unlock(&care_lock);
+    if (!last)
+        return;
+    server_close_unused();
+    pthread_mutex_lock(&care_lock);
+    *busy = opened = false;
+    pthread_mutex_unlock(&care_lock);
+}
+
 /* --- the scrub --- */
 
 static void sleep_ns(int64_t ns)
@@ -169,12 +207,18 @@ static void sleep_ns(int64_t ns)
 /* Waits while the volume is locked. */
 static void *scrub_thread(void *arg)
 {
-    uint64_t rate = ((struct run *)arg)->task.value, step = MAX(rate * SCRUB_STEP_MS / 1000, 1);
+    struct run *r = arg;
+    uint64_t rate = r->task.value, step = MAX(rate * SCRUB_STEP_MS / 1000, 1);
     struct volume_scrub at = {0};
     char text[128];
-    int more = 1;
+    int more = 1, rc = task_begin(r);
 
-    free(arg);
+    control_send(SERVER_REPLY, r->id, rc, "");
+    free(r);
+    if (rc < 0) {
+        task_end(&scrubbing);
+        return NULL;
+    }
     while (more) {
         int64_t began = mono_ns(), take;
         struct volume *v;
@@ -192,9 +236,7 @@ static void *scrub_thread(void *arg)
     }
     snprintf(text, sizeof(text), "scrub ended: %llu bytes read, %u findings", (unsigned long long)at.done, at.findings);
     control_send(SERVER_NOTE, 0, 0, text);
-    pthread_mutex_lock(&care_lock);
-    scrubbing = false;
-    pthread_mutex_unlock(&care_lock);
+    task_end(&scrubbing);
     return NULL;
 }
 
@@ -236,13 +278,13 @@ static int do_task(struct run *r)
 static void *task_thread(void *arg)
 {
     struct run *r = arg;
-    int rc = do_task(r);
+    int rc = task_begin(r);
 
+    if (rc == 0)
+        rc = do_task(r);
     for (int i = 0; i < r->nfds; i++)
         close_quiet(r->fds[i]);
-    pthread_mutex_lock(&care_lock);
-    task_busy = false;
-    pthread_mutex_unlock(&care_lock);
+    task_end(&task_busy);
     control_send(SERVER_REPLY, r->id, rc, "");
     free(r);
     return NULL;
@@ -255,7 +297,7 @@ static int start(struct run *r)
     int rc = 0;
 
     if (r->task.kind < TASK_CHECK || r->task.kind > TASK_SNAPSHOT_LIST ||
-        r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) || r->task.reserved ||
+        r->nfds != (r->task.kind == TASK_EXPORT ? 2 : 0) || r->task.agent > 1 ||
         !memchr(r->task.name, 0, sizeof(r->task.name)) || !memchr(r->task.since, 0, sizeof(r->task.since)) ||
         (scrub && r->task.value < SCRUB_RATE_MIN))
         return -EINVAL;
@@ -278,21 +320,21 @@ static int start(struct run *r)
 void care_task(uint64_t id, const struct server_task *task, const int *fds_take, int nfds)
 {
     struct run *r = xcalloc(1, sizeof(*r));
-    bool scrub = task->kind == TASK_SCRUB;
     int rc;
 
     r->id = id;
     r->task = *task;
+    r->agent = task->agent && nfds ? fds_take[--nfds] : -1;
     r->nfds = nfds;
     memcpy(r->fds, fds_take, sizeof(int) * (size_t)nfds);
     rc = start(r);
     if (rc < 0) {
         for (int i = 0; i < nfds; i++)
             close_quiet(fds_take[i]);
+        close_quiet(r->agent);
         free(r);
-    }
-    if (rc < 0 || scrub)
         control_send(SERVER_REPLY, id, rc, "");
+    }
 }
 
 /* --- runs --- */

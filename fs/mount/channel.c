@@ -54,6 +54,7 @@ static uint64_t seen_id;             /* of the message that told it */
 static bool seen_sent, seen_done;
 static bool agent_unlocked; /* as the agent of agent_fd has said */
 static bool agent_locks;    /* it has ordered to lock since it said so last, or since it is there */
+static unsigned agent_lock_orders;
 
 static void (*agent_on_lock)(void), (*agent_on_unlocked)(void);
 
@@ -140,6 +141,7 @@ static void take_lock(void)
 {
     agent_unlocked = false;
     agent_locks = true;
+    agent_lock_orders++;
     pthread_cond_broadcast(&agent_cond);
 }
 
@@ -389,6 +391,51 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
                 struct channel_volume *ret_volume)
 {
     return ask_as(req, ask, NULL, ret, ret_key, ret_volume);
+}
+
+int channel_ask_once(int fd, struct key **ret_key, struct channel_volume *ret_volume)
+{
+    const struct agent_auth ask = {.flags = AGENT_AUTH_MAINTENANCE | AGENT_AUTH_WANT_KEY};
+    struct msg_head head = {.type = AGENT_FS_AUTH, .len = sizeof(ask), .id = 1};
+    struct agent_message *m = secmem_alloc(sizeof(*m));
+    struct waiter w = {.key = key_new(), .auth = {.kind = AGENT_DENY}};
+    int rc = m && w.key ? msg_send(fd, &head, &ask, NULL, 0) : -ENOMEM;
+
+    do {
+        rc = rc < 0 ? rc : msg_recv(fd, &m->head, &m->body, sizeof(m->body), m->fds, &m->nfds, MOUNT_WAIT_MS);
+        for (int i = 0; rc == 0 && i < m->nfds; i++)
+            close_quiet(m->fds[i]);
+    } while (rc == 0 && m->head.type == AGENT_FS_UNLOCKED);
+    if (rc == 0 && m->head.type == AGENT_FS_LOCK)
+        rc = -ENOKEY;
+    else if (rc == 0 && (m->head.type != AGENT_FS_AUTH || m->head.len != sizeof(m->body.verdict) ||
+                         !verdict_ok(&m->body.verdict, 0)))
+        rc = -EPROTO;
+    if (rc == 0) {
+        pthread_mutex_lock(&agent_lock);
+        waiter_finish(&w, &m->body.verdict, -1);
+        pthread_mutex_unlock(&agent_lock);
+        auth_put(&w.auth);
+        rc = w.err < 0 ? w.err : w.has_key ? 0 : -ENOKEY;
+    }
+    secmem_free(m);
+    if (rc < 0) {
+        key_free(&w.key);
+        return rc;
+    }
+    *ret_key = w.key;
+    *ret_volume = w.volume;
+    return 0;
+}
+
+unsigned channel_lock_orders(void)
+{
+    unsigned n;
+
+    pthread_mutex_lock(&agent_lock);
+    n = agent_lock_orders;
+    pthread_mutex_unlock(&agent_lock);
+    return n;
 }
 
 int channel_ask_again(const struct agent_renew *q, struct auth *ret)

@@ -26,7 +26,9 @@ struct mount_config mount_config;
 
 static pthread_mutex_t work_lock = PTHREAD_MUTEX_INITIALIZER; /* all below */
 static pthread_cond_t work_cond = PTHREAD_COND_INITIALIZER;
+static pthread_cond_t work_closed = PTHREAD_COND_INITIALIZER;
 static bool work_lock_volume, work_forget, work_end, work_hand_over, work_renew;
+static unsigned work_close_asked, work_close_done; /* server_close_unused: counted */
 
 /* --- serving --- */
 
@@ -65,6 +67,18 @@ static void on_unlocked(void)
     pthread_mutex_lock(&work_lock);
     work_renew = true;
     pthread_cond_signal(&work_cond);
+    pthread_mutex_unlock(&work_lock);
+}
+
+void server_close_unused(void)
+{
+    unsigned mine;
+
+    pthread_mutex_lock(&work_lock);
+    mine = ++work_close_asked;
+    pthread_cond_signal(&work_cond);
+    while (work_close_done < mine)
+        pthread_cond_wait(&work_closed, &work_lock);
     pthread_mutex_unlock(&work_lock);
 }
 
@@ -107,19 +121,35 @@ static void hand_over(void)
     _exit(rc < 0 ? 1 : 0);
 }
 
+/* As often as it has been asked for. */
+static void close_unused(unsigned asked)
+{
+    if (asked == work_close_done)
+        return;
+    if (life_is_open() && !auth_any_live())
+        life_lock(loop_session(), true);
+    pthread_mutex_lock(&work_lock);
+    work_close_done = asked;
+    pthread_cond_broadcast(&work_closed);
+    pthread_mutex_unlock(&work_lock);
+}
+
 static void *locker(void *arg)
 {
     (void)arg;
     for (;;) {
         bool end, lock, forget, renew;
+        unsigned close;
 
         pthread_mutex_lock(&work_lock);
-        while (!work_lock_volume && !work_forget && !work_end && !work_hand_over && !work_renew)
+        while (!work_lock_volume && !work_forget && !work_end && !work_hand_over && !work_renew &&
+               work_close_asked == work_close_done)
             pthread_cond_wait(&work_cond, &work_lock);
         end = work_end;
         lock = work_lock_volume;
         forget = work_forget;
         renew = work_renew;
+        close = work_close_asked;
         work_lock_volume = work_forget = work_renew = false;
         pthread_mutex_unlock(&work_lock);
         if (end)
@@ -132,9 +162,10 @@ static void *locker(void *arg)
                 life_lock(loop_session(), true);
         } else if (renew) {
             life_renew(false);
-        } else {
+        } else if (close == work_close_done) {
             hand_over();
         }
+        close_unused(close);
     }
     return NULL;
 }

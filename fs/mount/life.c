@@ -121,7 +121,7 @@ static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
     while (rc == 0 && (state == OPENING || state == CLOSING)) {
         if (mono_ns() > end)
             rc = -EACCES;
-        else if (mount_interrupted(req, since))
+        else if (req && mount_interrupted(req, since))
             rc = -EINTR;
         else
             wait_slice();
@@ -254,6 +254,33 @@ static int ask_and_open(fuse_req_t req, uint32_t opcode, unsigned flags, bool op
     key_free(&key);
     if (rc < 0)
         auth_put(ret);
+    return rc;
+}
+
+int life_open(int agent_fd)
+{
+    int64_t end = mono_ns() + (int64_t)MOUNT_WAIT_MS * 1000000;
+    unsigned orders = channel_lock_orders();
+    struct channel_volume cv;
+    struct key *key = NULL;
+    bool open;
+    int rc = wait_settled(NULL, end, &open);
+
+    if (rc == 0 && !open) {
+        rc = channel_ask_once(agent_fd, &key, &cv);
+        if (rc == 0)
+            rc = open_volume(key, &cv);
+        key_free(&key);
+        if (rc == 0)
+            rc = wait_settled(NULL, end, &open); /* somebody else may be opening it */
+        if (rc == 0 && !open)
+            rc = -ECANCELED;
+    }
+    /* An order that came by the other channel may have found nothing to close. */
+    if (channel_lock_orders() != orders) {
+        server_close_unused();
+        return -ECANCELED;
+    }
     return rc;
 }
 

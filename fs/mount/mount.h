@@ -122,6 +122,11 @@ int channel_ask(fuse_req_t req, const struct agent_auth *ask, struct auth *ret, 
                 struct channel_volume *ret_volume);
 /* Asks for a grant of before for one of its threads; ret as above. */
 int channel_ask_again(const struct agent_renew *q, struct auth *ret);
+/* Asks for the key on the operator's word, by a channel of its own (purpose CHECK) that stays the caller's: until that is
+ * closed the agent waits with locking. 0, and *ret_key is the caller's; -EACCES, -ENOKEY, -ETIMEDOUT, -ECONNRESET. */
+int channel_ask_once(int fd, struct key **ret_key, struct channel_volume *ret_volume);
+/* How often the agent has ordered to lock. */
+unsigned channel_lock_orders(void);
 /* Is the keystore open? */
 bool channel_unlocked(void);
 /* Waits until the agent says that the keystore is open, or orders to lock. False: neither in that time. */
@@ -168,6 +173,9 @@ void life_enter_any(struct volume **ret_volume);
 void life_leave(void);
 /* The volume is open and nothing stands in the way of requests. */
 bool life_is_open(void);
+/* Opens it for the operator, who has no grant, unless it is open: channel_ask_once(). Then server_close_unused() must follow.
+ * 0, or -ENOKEY, -ECANCELED (it was locked meanwhile), -EACCES, -EIO, ... */
+int life_open(int agent_fd);
 
 /* Flushes, invalidates and wipes, after all grants have ended. Where the agent has let somebody in since, the volume stays
  * open instead. One that is not open is left as it is, but what the kernel still has of when it was goes. notify false: the
@@ -184,6 +192,11 @@ void life_renew(bool all);
 void life_checkpoint(void);
 /* Ends all grants; nothing is opened from now on. */
 void life_stop(void);
+
+/* --- coffer-fs.c --- */
+
+/* Closes the volume if no grant lives; waits until that is done. */
+void server_close_unused(void);
 
 /* --- inodes.c: the kernel's references, each also one in the engine while a volume is open --- */
 

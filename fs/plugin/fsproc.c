@@ -815,11 +815,11 @@ void fsproc_refresh(struct fsproc *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-static int task_failed(int rc, struct why *why)
+static int task_failed(uint32_t kind, int rc, struct why *why)
 {
     switch (rc) {
     case -ENOKEY:
-        return why_set(why, rc, "the volume is mounted and locked: unmount it first");
+        return why_set(why, rc, "the keystore is locked: run coffer unlock");
     case -ECANCELED:
         return why_set(why, rc, "broken off: the volume was locked or unmounted meanwhile");
     case -EBUSY:
@@ -827,7 +827,12 @@ static int task_failed(int rc, struct why *why)
     case -EALREADY:
         return why_set(why, rc, "a scrub of this volume is running: coffer volume inspect shows how far it is");
     case -ENOSPC:
-        return why_set(why, rc, "more than that is in use");
+        return why_set(why, rc,
+                       kind == TASK_RESIZE   ? "more than that is in use"
+                       : kind == TASK_EXPORT ? "there is no room where the export goes: it is not whole"
+                                             : "the volume is full: remove something");
+    case -ECONNRESET:
+        return why_set(why, rc, "broken off: the volume's server died; another follows: try again");
     default:
         return why_set(why, rc, "it could not be done: %s", strerror(-rc));
     }
@@ -859,7 +864,7 @@ int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds
         rc = t.result;
     if (rc < 0 && (task->name[0] || task->since[0]) && server_snapshot_error(rc))
         return why_set(why, rc, "%s", server_snapshot_error(rc));
-    return rc < 0 ? task_failed(rc, why) : rc;
+    return rc < 0 ? task_failed(task->kind, rc, why) : rc;
 }
 
 int fsproc_renew_agent(struct fsproc *p, const char *name, uint64_t generation)

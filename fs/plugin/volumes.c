@@ -24,7 +24,8 @@
 #include <unistd.h>
 
 #define MIB           (1ull << 20)
-#define SPAWN_FDS     5 /* agent, data, log, and two of a task's */
+#define CARE_FDS_MAX  2                  /* of a task */
+#define SPAWN_FDS     (3 + CARE_FDS_MAX) /* agent, data, log */
 #define STAT_MS       1000
 #define BLOCK_DEFAULT 4096
 #define MODE_DEFAULT  0755
@@ -631,6 +632,25 @@ static int care_unmounted(struct plugin_volume *v, const struct care *c, const s
     return rc;
 }
 
+/* Mounted, but not open: its server gets the operator's word. */
+static int care_unused(struct plugin_volume *v, struct fsproc *fs, const struct care *c, struct server_task *task,
+                       const struct fsproc_sink *sink, struct why *why)
+{
+    int fds[CARE_FDS_MAX + 1], rc = agent_need_unlocked(why);
+
+    if (rc < 0)
+        return rc;
+    if (c->nfds)
+        memcpy(fds, c->fds, sizeof(int) * (size_t)c->nfds);
+    rc = agent_bind(v->name, AGENT_PURPOSE_CHECK, &fds[c->nfds], why);
+    if (rc < 0)
+        return rc;
+    task->agent = 1;
+    rc = fsproc_task(fs, task, fds, c->nfds + 1, sink, why);
+    close_quiet(fds[c->nfds]);
+    return rc;
+}
+
 static int care(struct plugin_volume *v, const struct care *c, const struct fsproc_sink *sink, struct why *why)
 {
     struct server_task task = {.kind = c->task, .value = c->value};
@@ -643,6 +663,8 @@ static int care(struct plugin_volume *v, const struct care *c, const struct fspr
         rc = why_set(why, -EBUSY, "volume %s is mounted: stop the containers that use it, or unmount it", v->name);
     } else if (fs) {
         rc = fsproc_task(fs, &task, c->fds, c->nfds, sink, why);
+        if (rc == -ENOKEY) /* nobody has used it since it was mounted, or since the keystore was unlocked */
+            rc = care_unused(v, fs, c, &task, sink, why);
     } else if (!c->verb) {
         rc = why_set(why, -EINVAL, "volume %s is not mounted: run coffer volume check --data %s", v->name, v->name);
     } else if (mutex_lock_for(&v->op_lock, MOUNTS_PATIENCE_MS) < 0) {

@@ -155,3 +155,37 @@ coffer volume export care-y --key-file "$T/backup-key" 2>"$T/err" | head -c 1000
 coffer umount "$T/n" >/dev/null
 coffer volume export care-x --key-file "$T/backup-key" | coffer volume import care-z --allow uid:0 --size 256M --key-file "$T/backup-key" >/dev/null || fail "from one to the other"
 coffer volume check care-z --data | grep -qx 'care-z: clean' || fail "check of the copy"
+
+step "a mounted volume that nobody has used yet is opened for the task, and closed after it"
+shut() { [ "$(field unlocked volume inspect care-x)" = false ]; }
+scrubs() { coffer audit | grep -c 'scrub ended: [1-9]' || true; } # that have read something
+scrubbed() { [ "$(scrubs)" -gt "$before" ]; }
+coffer mount care-x "$T/m" >/dev/null
+for round in mounted unlocked; do
+    coffer volume snapshot create care-x "$round" >/dev/null || fail "$round: snapshot create"
+    shut || fail "$round: it stays open"
+    coffer volume snapshot ls care-x | grep -q "^$round " || fail "$round: snapshot ls"
+    coffer volume check care-x --data | grep -qx 'care-x: clean' || fail "$round: check"
+    coffer volume resize care-x 300M >/dev/null || fail "$round: resize"
+    coffer volume export care-x --key-file "$T/backup-key" | coffer volume verify --key-file "$T/backup-key" >/dev/null || fail "$round: export"
+    before=$(scrubs)
+    coffer volume scrub care-x >/dev/null || fail "$round: scrub"
+    wait_for 20 scrubbed || fail "$round: the scrub has read nothing"
+    coffer volume snapshot rm care-x "$round" >/dev/null || fail "$round: snapshot rm"
+    wait_for 5 shut || fail "$round: it stays open after the scrub"
+    coffer lock >/dev/null
+    one_line 1 'run coffer unlock' coffer volume check care-x
+    coffer unlock --key-file "$T/key" >/dev/null
+done
+step "the same beside locking"
+(while [ ! -e "$T/enough" ]; do coffer volume check care-x >/dev/null 2>&1 || true; done) &
+for _ in $(seq 20); do
+    sleep "0.0$((RANDOM % 10))"
+    coffer lock >/dev/null || fail "lock"
+    shut || fail "open while the keystore is locked"
+    coffer unlock --key-file "$T/key" >/dev/null || fail "unlock"
+done
+touch "$T/enough"
+wait
+coffer volume check care-x --data | grep -qx 'care-x: clean' || fail "check at the end"
+coffer umount "$T/m" >/dev/null
