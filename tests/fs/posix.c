@@ -1764,6 +1764,8 @@ static void g_model(void)
     IS(size, pread(fd, buf, max + 1, 0));
     OK(!memcmp(buf, want, size));
     close(fd);
+    free(want);
+    free(buf);
 }
 
 /* --- times --- */

@@ -319,7 +319,7 @@ int main(int argc, char **argv)
 {
     static const int signals[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGALRM};
     static const uint32_t blocks[] = {4096, 8192, 16384};
-    uint64_t volumes = arg_block ? 1 : 3, ops = 0, errors = 0, nospc = 0, deaths = 0, reopens = 0;
+    uint64_t volumes, ops = 0, errors = 0, nospc = 0, deaths = 0, reopens = 0;
     int rc = 0;
 
     if (!parse(argc, argv)) {

@@ -64,6 +64,7 @@ static int setup(void **state)
     struct fixture *f = calloc(1, sizeof(*f));
     struct store *data, *log;
 
+    *state = f;
     if (!f || secmem_init() < 0 || !(f->key = key_new()))
         return -1;
     memset(f->key->b, 0x21, sizeof(f->key->b));
@@ -76,7 +77,6 @@ static int setup(void **state)
     data->ops->close(data);
     log->ops->close(log);
     assert_int_equal(try_open(f), 0);
-    *state = f;
     return 0;
 }
 

@@ -114,6 +114,7 @@ static int setup(void **state)
     struct fixture *f = calloc(1, sizeof(*f));
     struct store *data, *log;
 
+    *state = f;
     if (!f || secmem_init() < 0 || !(f->key = key_new()))
         return -1;
     randombytes_buf(f->key->b, sizeof(f->key->b));
@@ -127,7 +128,6 @@ static int setup(void **state)
     data->ops->close(data);
     log->ops->close(log);
     open_volume(f, false);
-    *state = f;
     return 0;
 }
 

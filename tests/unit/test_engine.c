@@ -168,6 +168,7 @@ static int setup_size(void **state, uint64_t limit)
     struct fixture *f = calloc(1, sizeof(*f));
     struct store *data, *log;
 
+    *state = f;
     if (!f || secmem_init() < 0 || !(f->key = key_new()))
         return -1;
     memset(f->key->b, 0x17, sizeof(f->key->b));
@@ -182,7 +183,6 @@ static int setup_size(void **state, uint64_t limit)
     data->ops->close(data);
     log->ops->close(log);
     assert_int_equal(try_open(f), 0);
-    *state = f;
     return 0;
 }
 

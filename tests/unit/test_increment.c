@@ -115,6 +115,7 @@ static int setup(void **state)
 {
     struct fixture *f = calloc(1, sizeof(*f));
 
+    *state = f;
     if (!f || secmem_init() < 0 || !(f->key = key_new()))
         return -1;
     memset(f->key->b, 0x21, sizeof(f->key->b));
@@ -122,7 +123,6 @@ static int setup(void **state)
     f->rng.s = 7;
     f->dir[0] = ROOT;
     format(f);
-    *state = f;
     return 0;
 }
 

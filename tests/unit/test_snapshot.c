@@ -84,6 +84,7 @@ static int setup(void **state)
     struct fixture *f = calloc(1, sizeof(*f));
     struct store *data, *log;
 
+    *state = f;
     if (!f || secmem_init() < 0 || !(f->key = key_new()))
         return -1;
     memset(f->key->b, 0x53, sizeof(f->key->b));
@@ -97,7 +98,6 @@ static int setup(void **state)
     data->ops->close(data);
     log->ops->close(log);
     open_volume(f);
-    *state = f;
     return 0;
 }
 
