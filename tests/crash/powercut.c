@@ -789,7 +789,7 @@ static void fault_same_boot(struct round *r, struct rng *rng)
             failed("opened in the same boot: %s", seen->err ? seen->why : "not a prefix of history");
         rc = volume_close(v);
     }
-    if (rc < 0) {
+    if (rc) {
         failed("open and close in the same boot: %s, damage: %s", strerror(-rc), damage);
         goto out;
     }

@@ -145,9 +145,9 @@ static void image_set(struct image *m, uint64_t no, uint8_t *page)
 {
     uint8_t *old = image_own(m, no), ***row = &m->row[no / IMAGE_ROW];
 
+    if (!*row)
+        *row = xcalloc(IMAGE_ROW, sizeof(**row));
     if (!old) {
-        if (!*row)
-            *row = xcalloc(IMAGE_ROW, sizeof(**row));
         if (m->owns == m->own_cap) {
             m->own_cap = m->own_cap ? 2 * m->own_cap : 64;
             m->own = xrealloc(m->own, m->own_cap * sizeof(*m->own));

@@ -198,6 +198,7 @@ static void mount_fuse(void)
     if (mount("coffer", arg.mountpoint, "fuse.coffer", 0, options) < 0)
         die("cannot mount %s: %s", arg.mountpoint, strerror(errno));
     mounted = true;
+    /* parse() has set it. NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker) */
     if (statx(AT_FDCWD, arg.mountpoint, AT_STATX_DONT_SYNC, 0, &sx) < 0)
         return;
     snprintf(path, sizeof(path), "/sys/class/bdi/%u:%u/read_ahead_kb", sx.stx_dev_major, sx.stx_dev_minor);

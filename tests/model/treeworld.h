@@ -55,6 +55,7 @@ static inline uint64_t tw_next(uint64_t *rng)
 
 static inline uint64_t tw_below(uint64_t *rng, uint64_t n)
 {
+    TW_MUST(n > 0);
     return tw_next(rng) % n;
 }
 

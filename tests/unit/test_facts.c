@@ -210,7 +210,7 @@ static int ask(int helper, int fd, struct facts *f)
 __attribute__((unused)) static void test_helper(void **state)
 {
     int helper, fd, pipefd[2];
-    struct facts f;
+    struct facts f = {0};
     char *big;
     pid_t pid;
 
