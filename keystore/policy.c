@@ -30,15 +30,8 @@ static const struct {
 
 #define KNOWN "attached, container:NAME, image:REF, image-id:sha256:HEX, label:KEY=VALUE, uid:N, ro"
 
-__attribute__((format(printf, 3, 4))) static int refuse(char *why, size_t n, const char *fmt, ...)
-{
-    va_list ap;
-
-    va_start(ap, fmt);
-    vsnprintf(why, n, fmt, ap);
-    va_end(ap);
-    return -EINVAL;
-}
+/* The reason into why[n], for `return`. */
+#define refuse(why, n, ...) (snprintf(why, n, __VA_ARGS__), -EINVAL)
 
 /* What is printed of a text that may hold anything. */
 static const char *shown(const char *text, char buf[64])
@@ -331,7 +324,6 @@ static unsigned count_holding(const struct policy_rule *r, bool attached_volume,
         count += ok;
         /* On an attached volume every container selector of an allow implies `attached`. */
         if (ok && !r->deny && attached_volume && s->kind != POLICY_UID && !c->attached) {
-            ok = false;
             if (!*ret_failed) {
                 *ret_failed = "attached";
                 *ret_have = "a container without this volume";

@@ -81,9 +81,7 @@ static void *watch(void *arg)
 
         if (idle >= IDLE_LOOKS) {
             watch_asleep = true;
-            if (turn != before && atomic_exchange(&watch_asleep, false))
-                idle = 0;
-            else
+            if (turn == before || !atomic_exchange(&watch_asleep, false))
                 wait_for(&watch_wake);
             idle = 0;
             continue;
