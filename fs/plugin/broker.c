@@ -276,8 +276,8 @@ static void dispatch(struct broker *b, uint64_t id, const struct agent_facts_ask
         return;
     pthread_mutex_lock(&b->lock);
     b->workers--;
+    b->refs--; /* not the last: our caller has one */
     pthread_mutex_unlock(&b->lock);
-    broker_unref(b);
     free(q);
     refuse(b, id, -EAGAIN);
 }

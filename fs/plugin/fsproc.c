@@ -61,11 +61,11 @@ struct fsproc {
     pthread_cond_t changed;
     unsigned refs;
     enum fsproc_state state;
+    int exit_status;
     int log_fd; /* its `log`, the same open file, or -1 */
     const struct fsproc_owner *owner;
     void *ctx;
     char failed[AGENT_TEXT_MAX]; /* what SERVER_FAILED said */
-    int exit_status;
     bool has_init;
     struct server_init init;
     bool want_stat;
@@ -540,6 +540,19 @@ static int start_process(const char *const *argv, const int *fds, int nfds,
     return rc < 0 ? why_set(why, rc, "cannot start coffer-fs: %s", strerror(-rc)) : 0;
 }
 
+/* Starts the process's own thread, which has a reference. */
+static int start_watch(struct fsproc *p)
+{
+    int rc;
+
+    pthread_mutex_lock(&p->lock); /* the thread cannot give its reference back before it has it */
+    rc = thread_start(watch, p);
+    if (rc == 0)
+        p->refs++;
+    pthread_mutex_unlock(&p->lock);
+    return rc;
+}
+
 /* Waits until it serves, and hands it to owner; or until it has ended. */
 static int wait_ready(struct fsproc *p, const struct fsproc_owner *owner, void *ctx, struct why *why)
 {
@@ -613,13 +626,11 @@ int fsproc_start(const char *name, bool database, bool strict, const struct fspr
         fsproc_unref(p);
         return rc;
     }
-    fsproc_ref(p); /* the thread's */
-    rc = thread_start(watch, p);
+    rc = start_watch(p);
     if (rc < 0) {
         spawn_signal(p->pidfd, SIGKILL);
         spawn_wait_end(p->pidfd, -1);
         spawn_reap(p->pidfd);
-        fsproc_unref(p);
         fsproc_unref(p);
         return why_set(why, rc, "cannot start a thread: %s", strerror(-rc));
     }
@@ -680,12 +691,8 @@ int fsproc_adopt(const char *name, const struct process *process, int log, const
         p->ctl = fetch_channel(p->pidfd);
         p->log_fd = fetch_log(p->pidfd, log);
     }
-    if (rc == 0) {
-        fsproc_ref(p);
-        rc = thread_start(watch, p);
-        if (rc < 0)
-            fsproc_unref(p);
-    }
+    if (rc == 0)
+        rc = start_watch(p);
     if (rc < 0)
         fsproc_unref(p);
     else
