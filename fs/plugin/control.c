@@ -272,9 +272,10 @@ static void send_progress(void *ctx, uint64_t done, uint64_t total)
               json_pack("{s:{s:I, s:I}}", "progress", "done", (json_int_t)done, "total", (json_int_t)total));
 }
 
-static int create(struct request *r, struct volume_import *import)
+static int create(struct request *r, bool from_import)
 {
     struct fsproc_sink sink = {send_line, NULL, r};
+    const struct volume_import import = {.fds = {r->fds[0], r->fds[1]}, .sink = &sink};
     struct volume_spec spec;
     const char *name = NULL;
     bool progress = false;
@@ -284,10 +285,8 @@ static int create(struct request *r, struct volume_import *import)
     rc = take_spec(r, &name, &spec, &progress);
     if (progress)
         sink.progress = send_progress;
-    if (import)
-        import->sink = &sink; // cppcheck-suppress autoVariables
     if (rc == 0)
-        rc = volumes_create(name, &spec, false, import, &r->why);
+        rc = volumes_create(name, &spec, false, from_import ? &import : NULL, &r->why);
     if (rc == 0)
         rc = put_volume(r, name);
     volume_spec_clear(&spec);
@@ -296,14 +295,12 @@ static int create(struct request *r, struct volume_import *import)
 
 static int do_create(struct request *r)
 {
-    return create(r, NULL);
+    return create(r, false);
 }
 
 static int do_import(struct request *r)
 {
-    struct volume_import import = {.fds = {r->fds[0], r->fds[1]}};
-
-    return create(r, &import);
+    return create(r, true);
 }
 
 static int do_ls(struct request *r)
