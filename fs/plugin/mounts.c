@@ -990,18 +990,17 @@ static int lock_snapshot(struct plugin_volume *v, int ms, struct why *why)
 {
     char *name = xasprintf("%.*s", (int)(v->snapshot - 1 - v->name), v->name);
     struct plugin_volume *of = registry_find_ref(name);
-    int rc = of ? 0 : why_set(why, -ENOENT, "no such volume: %s", name);
+    int rc;
 
-    if (rc == 0 && mutex_lock_for(&v->op_lock, ms) < 0)
+    if (!of) {
+        rc = why_set(why, -ENOENT, "no such volume: %s", name);
+    } else if (mutex_lock_for(&v->op_lock, ms) < 0) {
         rc = why_set(why, -EBUSY, "snapshot %s is busy with another operation: try again later", v->name);
-    if (rc == 0) {
-        rc = lock_volume(of, ms, why);
-        if (rc == 0) {
-            registry_list_snapshot(v, of);
-            pthread_mutex_unlock(&of->op_lock);
-        } else {
-            pthread_mutex_unlock(&v->op_lock);
-        }
+    } else if ((rc = lock_volume(of, ms, why)) < 0) {
+        pthread_mutex_unlock(&v->op_lock);
+    } else {
+        registry_list_snapshot(v, of);
+        pthread_mutex_unlock(&of->op_lock);
     }
     registry_unref(of);
     free(name);
@@ -1059,7 +1058,7 @@ static int save_mount(struct plugin_volume *v, const char *id, bool local, struc
 
 int mounts_engine_mount(struct plugin_volume *v, const char *id, const struct engine_peer *peer, struct why *why)
 {
-    bool started;
+    bool started = false;
     int rc = lock_volume(v, MOUNTS_PATIENCE_MS, why);
 
     if (rc < 0)
