@@ -14,6 +14,7 @@
  */
 #include "fs/volume/node.h"
 
+#include <assert.h>
 #include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -557,8 +558,8 @@ static unsigned split_place(const struct node *n, unsigned i)
 static void insert_item(struct tree *t, struct node *n, const struct disk_key *key, const void *value, size_t len,
                         struct node *kid);
 
-/* A new root above the old one. */
-static void grow_root(struct tree *t)
+/* A new root above the old one. Returns it. */
+static struct node *grow_root(struct tree *t)
 {
     static const struct disk_key lowest;
     static const struct disk_ptr none;
@@ -567,6 +568,7 @@ static void grow_root(struct tree *t)
     node_insert(root->page, 0, &lowest, &none, sizeof(none));
     kids_open(root, 0, 0, t->root);
     t->root = root;
+    return root;
 }
 
 /* Splits n before slot `at` (its count: the new node is empty, for an item of `key`, and takes over a rising run).
@@ -583,9 +585,7 @@ static struct node *split(struct tree *t, struct node *n, unsigned at, const str
         n->run = 0;
     }
     move_slots(n, at, upper);
-    if (!n->parent)
-        grow_root(t);
-    insert_item(t, n->parent, &first, &none, sizeof(none), upper);
+    insert_item(t, n->parent ? n->parent : grow_root(t), &first, &none, sizeof(none), upper);
     return upper;
 }
 
@@ -864,6 +864,7 @@ void tree_trim(struct tree *t)
         set_kid(n->parent, slot_of(n), NULL);
         n->parent->kids_loaded--;
         ring_remove(t, n);
+        assert(t->clock); /* the root stays */
         node_dispose(n);
     }
     /* What could not go now is not tried again at every call. */

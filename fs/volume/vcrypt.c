@@ -335,7 +335,7 @@ static int test_length(const struct vkeys *k, unsigned chunks, const uint8_t *pl
 static int self_test(void)
 {
     static const uint8_t id[16] = "self-test volume";
-    uint8_t plain[EXTENT_CHUNKS_MAX * 64], buf[EXTENT_SLACK_BEFORE + sizeof(plain) + EXTENT_SLACK_AFTER];
+    uint8_t plain[EXTENT_CHUNKS_MAX * 64], buf[EXTENT_SLACK_BEFORE + sizeof(plain) + EXTENT_SLACK_AFTER] = {0};
     uint8_t got[sizeof(plain)];
     struct key *key = key_new();
     struct vkeys *k = NULL;
