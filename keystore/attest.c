@@ -365,7 +365,7 @@ static int read_status(struct attest *a)
 static int read_cgroups(struct attest *a)
 {
     char path[64], *text = NULL;
-    size_t n;
+    size_t n = 0;
     int rc;
 
     snprintf(path, sizeof(path), "/proc/%d/cgroup", (int)a->tid);

@@ -384,7 +384,7 @@ static bool find_identity(struct server *s, const struct pending *p, struct outc
 {
     const char *container = o->container >= 0 ? p->asks[o->container].id : NULL;
 
-    if (!container && !o->by_cgroup)
+    if (o->container < 0 && !o->by_cgroup)
         return true;
     if (attest_identify(s->mounts, p->caller, container, &o->identity) == 0)
         return true;

@@ -122,7 +122,7 @@ static ssize_t recv_iov(int sock, struct iovec *iov, int niov, int *fds, int *re
     n = take_fds(&m, got);
     if (m.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
         r = -EPROTO;
-    if (r > 0 && fds) {
+    if (r > 0 && fds && ret_nfds) {
         memcpy(fds, got, sizeof(int) * (size_t)n);
         *ret_nfds = n;
         return r;

@@ -208,15 +208,15 @@ static int follow_name(const struct cli *c, struct reader *r, const char *since)
 
     if (fd < 0)
         return fd == -ENOENT ? 0 : fd;
-    if (fstat(r->fd, &old) < 0 || fstat(fd, &new) < 0)
+    if (fstat(r->fd, &old) < 0 || fstat(fd, &new) < 0) {
         rc = -errno;
-    if (rc < 0 || (old.st_ino == new.st_ino &&old.st_dev == new.st_dev)) {
-        close(fd);
+    } else if (old.st_ino != new.st_ino || old.st_dev != new.st_dev) {
+        rc = read_lines(c, r, since);
+        close(r->fd);
+        *r = (struct reader){.fd = fd, .line = 1, .bad = r->bad, .buf = r->buf};
         return rc;
     }
-    rc = read_lines(c, r, since);
-    close(r->fd);
-    *r = (struct reader){.fd = fd, .line = 1, .bad = r->bad, .buf = r->buf};
+    close(fd);
     return rc;
 }
 

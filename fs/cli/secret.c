@@ -211,9 +211,9 @@ int cli_init(struct cli *c)
 {
     int fds[2] = {-1, -1}, out[2] = {-1, -1}, sock = -1, rc;
     char *secret = NULL, *recovery = NULL;
-    const char *kind;
+    const char *kind = NULL;
     json_t *req = NULL, *answer = NULL;
-    size_t n;
+    size_t n = 0;
     ssize_t got;
 
     rc = cli_require(c);
@@ -259,10 +259,10 @@ out:
 int cli_unlock(struct cli *c)
 {
     char *secret = NULL;
-    const char *kind;
+    const char *kind = NULL;
     json_t *req, *answer = NULL;
     int in = -1, rc;
-    size_t n;
+    size_t n = 0;
 
     rc = cli_require(c);
     if (rc == CLI_OK)

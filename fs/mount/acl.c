@@ -186,7 +186,7 @@ int acl_set(struct volume *v, uint64_t ino, uint32_t uid, uint32_t gid, const vo
 
     if (rc == 0)
         rc = vol_getattr(v, ino, &attr);
-    if (rc < 0)
+    if (rc)
         return rc;
     attr.mode = (attr.mode & ~0777u) | acl_mode(&a, &equal);
     /* The kernel would say whether the caller is in the group, or privileged, only with FUSE_SETXATTR_EXT, which

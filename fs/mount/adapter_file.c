@@ -92,7 +92,7 @@ void op_create(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode,
         }
         adapter_leave(&a);
     }
-    if (rc < 0) {
+    if (rc) {
         adapter_reply(req, rc);
         return;
     }

@@ -281,7 +281,7 @@ static void serve_control(void)
 static int serve(void)
 {
     struct fuse_session *se = loop_session();
-    const struct server_init *init;
+    const struct server_init *init = NULL;
     pthread_t t;
     int rc;
 

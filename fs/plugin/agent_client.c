@@ -195,7 +195,7 @@ int agent_rules_get(const char *name, json_t **ret_rules, struct why *why)
 
     for (uint32_t i = 0; i < 2 * AGENT_RULES_MAX; i++) {
         struct agent_index ask = {.index = i};
-        struct agent_rule rule;
+        struct agent_rule rule = {0};
 
         agent_set_name(ask.name, name);
         rc = agent_call(AGENT_RULE_GET, &ask, sizeof(ask), NULL, 0, AGENT_RULE_GET, &rule, sizeof(rule), AGENT_WAIT_MS,

@@ -64,7 +64,7 @@ static int take_text(struct call *c, const char *key, size_t max, const char **r
 /* The volume that the request names, with a reference. */
 static int take_volume(struct call *c, struct plugin_volume **ret)
 {
-    const char *name;
+    const char *name = NULL;
     int rc = take_text(c, "Name", BODY_MAX, &name);
 
     if (rc < 0)
@@ -88,7 +88,7 @@ static int call_capabilities(struct call *c)
 static int call_create(struct call *c)
 {
     struct volume_spec spec;
-    const char *name;
+    const char *name = NULL;
     int rc = take_text(c, "Name", BODY_MAX, &name);
 
     if (rc < 0)
@@ -102,7 +102,7 @@ static int call_create(struct call *c)
 
 static int call_remove(struct call *c)
 {
-    const char *name;
+    const char *name = NULL;
     int rc = take_text(c, "Name", BODY_MAX, &name);
 
     return rc < 0 ? rc : volumes_remove(name, &c->why);
@@ -111,7 +111,7 @@ static int call_remove(struct call *c)
 static int call_mount(struct call *c)
 {
     struct plugin_volume *v = NULL;
-    const char *id;
+    const char *id = NULL;
     int rc = take_text(c, "ID", ID_MAX, &id);
 
     if (rc == 0)
@@ -133,7 +133,7 @@ static int call_mount(struct call *c)
 static int call_unmount(struct call *c)
 {
     struct plugin_volume *v = NULL;
-    const char *id;
+    const char *id = NULL;
     int rc = take_text(c, "ID", ID_MAX, &id);
 
     if (rc == 0)

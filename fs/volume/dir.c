@@ -361,7 +361,7 @@ static int link_inode(struct tx *tx, uint64_t ino, uint64_t dir_ino, const char 
         rc = tx_del(tx, &(struct tree_key){.kind = ITEM_ORPHAN, .a = ino});
     if (rc == 0)
         rc = entry_put(tx, &key, name, ret);
-    if (rc < 0)
+    if (rc)
         return rc;
     ret->ctime = tx->now;
     dir.entries++;
