@@ -38,6 +38,7 @@ static pthread_mutex_t care_lock = PTHREAD_MUTEX_INITIALIZER; /* what follows */
 static bool task_busy, scrubbing;
 static bool opened; /* by a task: the last one closes it */
 static struct volume_scrub scrub_at;
+static _Atomic uint64_t stopped; /* the id of a task that shall end, or 0 */
 
 /* --- reports --- */
 
@@ -58,7 +59,9 @@ static void on_progress(void *ctx, uint64_t done, uint64_t total)
 
 static bool on_stop(void *ctx)
 {
-    return ((struct run *)ctx)->id && !life_is_open();
+    uint64_t id = ((struct run *)ctx)->id;
+
+    return id && (id == stopped || !life_is_open());
 }
 
 static struct volume_report report_of(struct run *r)
@@ -301,6 +304,8 @@ static int start(struct run *r)
         !memchr(r->task.name, 0, sizeof(r->task.name)) || !memchr(r->task.since, 0, sizeof(r->task.since)) ||
         (scrub && r->task.value < SCRUB_RATE_MIN))
         return -EINVAL;
+    if (!scrub)
+        stopped = 0; /* another cofferd counts anew */
     pthread_mutex_lock(&care_lock);
     if (*busy)
         rc = scrub ? -EALREADY : -EBUSY;
@@ -335,6 +340,11 @@ void care_task(uint64_t id, const struct server_task *task, const int *fds_take,
         free(r);
         control_send(SERVER_REPLY, id, rc, "");
     }
+}
+
+void care_stop(uint64_t id)
+{
+    stopped = id;
 }
 
 /* --- runs --- */

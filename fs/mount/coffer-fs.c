@@ -266,6 +266,8 @@ static void serve_control(void)
             finish(true);
         else if (head.type == SERVER_STAT)
             answer_stat(head.id);
+        else if (head.type == SERVER_TASK_STOP)
+            care_stop(head.id);
         else if (head.type == SERVER_GO)
             go_on();
         else if (head.type == SERVER_HANDOVER)

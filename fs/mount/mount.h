@@ -281,6 +281,8 @@ struct care_args {
 
 /* A task of cofferd's on the mounted volume, in a thread of its own, which answers. Takes the descriptors. */
 void care_task(uint64_t id, const struct server_task *task, const int *fds_take, int nfds);
+/* SERVER_TASK_STOP. */
+void care_stop(uint64_t id);
 /* Fills in what is said of the scrub. */
 void care_stat(struct server_stat *st);
 /* Does the verb to its end. The exit status, or -EINVAL: unknown verb. */

@@ -17,6 +17,7 @@
 #include "volumes.h"
 #include "fs/base/msg.h"
 
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -59,6 +60,13 @@ static void send_line(void *ctx, const char *text)
     struct request *r = ctx;
 
     send_json(r->sock, json_pack("{s:s}", "line", text));
+}
+
+static bool client_gone(void *ctx)
+{
+    struct pollfd p = {.fd = ((struct request *)ctx)->sock, .events = POLLRDHUP};
+
+    return poll(&p, 1, 0) > 0;
 }
 
 #define MEMBERS(r, list) json_members((r)->in, list, ARRAY_LEN(list), &(r)->why)
@@ -274,7 +282,7 @@ static void send_progress(void *ctx, uint64_t done, uint64_t total)
 
 static int create(struct request *r, bool from_import)
 {
-    struct fsproc_sink sink = {send_line, NULL, r};
+    struct fsproc_sink sink = {send_line, NULL, r, client_gone};
     const struct volume_import import = {.fds = {r->fds[0], r->fds[1]}, .sink = &sink};
     struct volume_spec spec;
     const char *name = NULL;
@@ -369,13 +377,15 @@ static int do_check(struct request *r)
                                           {"progress", JSON_TRUE, false, &progress}};
     struct plugin_volume *v = NULL;
     int rc = MEMBERS(r, members);
-    struct fsproc_sink sink = {send_line, NULL, r};
+    struct fsproc_sink sink = {send_line, NULL, r, client_gone};
 
     if (rc < 0)
         return rc;
     if (json_is_true(progress))
         sink.progress = send_progress;
     rc = take_volume(r, name, &v);
+    if (json_is_true(mend))
+        sink.gone = NULL; /* what was begun is brought to its end */
     if (rc == 0)
         rc = json_is_true(mend) ? volumes_repair(v, &sink, &r->why)
                                 : volumes_check(v, json_is_true(data), &sink, &r->why);
@@ -392,7 +402,7 @@ static int do_export(struct request *r)
                                           {"snapshot", JSON_STRING, false, &snapshot},
                                           {"since", JSON_STRING, false, &since},
                                           {"progress", JSON_TRUE, false, &progress}};
-    struct fsproc_sink sink = {send_line, NULL, r};
+    struct fsproc_sink sink = {send_line, NULL, r, client_gone};
     struct plugin_volume *v = NULL;
     int rc = MEMBERS(r, members);
 

@@ -36,6 +36,7 @@
 #define KILL_MS          10000 /* until what was killed has ended */
 #define REFRESH_MIN_MS   500
 #define CLOSED_MS        1000 /* between the end of its channel and its own */
+#define GONE_MS          250  /* between looks whether who asked is still there */
 #define DAMAGE_BURST     20 /* reports (damage, notes) taken in DAMAGE_PERIOD_MS; the rest is dropped: the log is no sink */
 #define DAMAGE_PERIOD_MS 60000
 
@@ -850,6 +851,7 @@ int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds
 {
     struct msg_head head = {.type = SERVER_TASK, .len = sizeof(*task)};
     struct task t = {.sink = sink};
+    bool stopped = false;
     int rc;
 
     if (p->ctl < 0)
@@ -864,12 +866,18 @@ int fsproc_task(struct fsproc *p, const struct server_task *task, const int *fds
     rc = msg_send(p->ctl, &head, task, fds, nfds);
     if (rc < 0)
         p->task = NULL;
-    while ((rc == 0 && !t.done) || p->telling)
-        pthread_cond_wait(&p->changed, &p->lock);
+    while ((rc == 0 && !t.done) || p->telling) {
+        (void)wait_changed(p, mono_ns() + (int64_t)GONE_MS * 1000000);
+        if (sink->gone && !t.done && !stopped && sink->gone(sink->ctx)) {
+            head = (struct msg_head){.type = SERVER_TASK_STOP, .id = t.id};
+            stopped = msg_send(p->ctl, &head, NULL, NULL, 0) == 0;
+        }
+    }
     pthread_mutex_unlock(&p->lock);
     if (rc == 0)
         rc = t.result;
-    if (rc < 0 && (task->name[0] || task->since[0]) && server_snapshot_error(rc))
+    if (rc < 0 && (task->name[0] || task->since[0]) && server_snapshot_error(rc) &&
+        !(task->kind == TASK_EXPORT && rc == -ENOSPC)) /* where it goes to is full */
         return why_set(why, rc, "%s", server_snapshot_error(rc));
     return rc < 0 ? task_failed(task->kind, rc, why) : rc;
 }
@@ -929,8 +937,10 @@ int fsproc_run(const char *verb, const char *name, const char *const *options, c
     for (bool channel = true;;) {
         struct pollfd f[2] = {{.fd = p->pidfd, .events = POLLIN}, {.fd = channel ? p->ctl : -1, .events = POLLIN}};
 
-        if (poll(f, 2, -1) < 0)
+        if (poll(f, 2, GONE_MS) < 0)
             continue;
+        if (t.sink->gone && t.sink->gone(t.sink->ctx))
+            spawn_signal(p->pidfd, SIGKILL); /* the same as a crash, which it is made for */
         if (f[1].revents)
             channel = take_message(p);
         else if (f[0].revents)

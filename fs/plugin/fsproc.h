@@ -80,6 +80,7 @@ struct fsproc_sink {
     void (*line)(void *ctx, const char *text);                  /* NULL as well */
     void (*progress)(void *ctx, uint64_t done, uint64_t total); /* bytes; NULL: nobody asks */
     void *ctx;
+    bool (*gone)(void *ctx); /* who asked has gone away: it is broken off; NULL: it never is */
 };
 
 /* A task on the mounted volume, with the task's descriptors, which stay the caller's. The number of findings, or -errno with

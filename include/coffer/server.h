@@ -51,6 +51,7 @@ enum server_type {
                         were read, close the volume, exit; the mount goes on. No body */
     SERVER_GO, /* cofferd -> coffer-fs, to one with --takeover: the last server has ended, go on with its mount. The
                         second one is ignored. No body */
+    SERVER_TASK_STOP, /* cofferd -> coffer-fs: who asked for the task of that id is gone: it shall end. No body */
 };
 
 /*

@@ -189,3 +189,32 @@ touch "$T/enough"
 wait
 coffer volume check care-x --data | grep -qx 'care-x: clean' || fail "check at the end"
 coffer umount "$T/m" >/dev/null
+
+step "an operator who goes away takes the work along"
+mkfifo "$T/fifo" "$T/fifo2"
+# abandoned WHAT COMMAND...: its process is ended amid its work: that takes no longer than a moment.
+abandoned() {
+    local what=$1 pid
+    shift
+    "$BUILD/coffer" --root "$T/c" "$@" <&0 2>"$T/out" &
+    pid=$!
+    sleep 1
+    kill -0 $pid 2>/dev/null || fail "$what is over already: $(cat "$T/out")"
+    kill $pid
+    wait $pid 2>/dev/null && fail "$what: the client has ended well"
+    care_free() { [ -z "$(pgrep -f "^coffer-fs (import|export|check) care-")" ] && coffer volume check care-x; }
+    wait_for 5 care_free
+}
+coffer volume export care-y --key-file "$T/backup-key" >"$T/x2"
+exec 7<>"$T/fifo"
+for round in unmounted mounted; do
+    abandoned "$round: export" volume export care-x --key-file "$T/backup-key" >"$T/fifo"
+    [ "$round" = mounted ] || coffer mount care-x "$T/m" >/dev/null
+done
+coffer umount "$T/m" >/dev/null
+exec 7<>"$T/fifo2"
+head -c 30000 "$T/x2" >&7
+abandoned import volume import care-w --allow uid:0 --size 256M --key-file "$T/backup-key" <"$T/fifo2"
+exec 7>&-
+coffer volume ls | grep -q care-w && fail "an import that was broken off left a volume"
+[ "$(find "$T/c/volumes" -mindepth 1 -maxdepth 1 | wc -l)" = "$(coffer volume ls | tail -n +2 | wc -l)" ] || fail "an import that was broken off left files"
