@@ -433,7 +433,7 @@ int audit_open(int dirfd, struct audit **ret)
     if (a->dirfd < 0)
         rc = -errno;
     else if ((a->fd = openat(a->dirfd, AUDIT_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0640)) < 0)
-        rc = -errno;
+        rc = errno == ELOOP || errno == EISDIR || errno == ENXIO ? -EBADMSG : -errno; /* no plain file */
     if (rc == 0 && fchmod(a->fd, 0640) < 0)
         rc = -errno;
     if (rc == 0)

@@ -139,5 +139,5 @@ int main(int argc, char **argv)
     if (!descriptors_ok())
         return 1;
     rc = run(argv[2]);
-    return rc == -EBADMSG ? KEYD_EXIT_DAMAGED : rc < 0 ? 1 : 0;
+    return rc == -EBADMSG ? KEYD_EXIT_DAMAGED : rc == -EUCLEAN ? KEYD_EXIT_AUDIT : rc < 0 ? 1 : 0;
 }

@@ -673,7 +673,7 @@ int keystore_rule_add(struct keystore *k, const struct agent_rule *r)
     if (find_rule(v, r) < v->nrules)
         return -EEXIST;
     if (v->nrules == AGENT_RULES_MAX)
-        return -ENOSPC;
+        return -E2BIG;
     v->rules[v->nrules++] = (struct ks_rule){.deny = r->deny, .text = xstrdup(r->rule)};
     rc = commit(k);
     if (rc < 0)

@@ -89,7 +89,7 @@ int keystore_seen_key(const struct keystore *k, struct key **ret);
 
 /* --- rules: texts here, in the order in which they were given; policy.h says what they mean --- */
 
-/* Adds r->rule to volume r->name (r->index is ignored). -EEXIST: it has this one; -ENOSPC: AGENT_RULES_MAX; -EINVAL: no
+/* Adds r->rule to volume r->name (r->index is ignored). -EEXIST: it has this one; -E2BIG: AGENT_RULES_MAX; -EINVAL: no
  * text; -ENOENT: no such volume. The caller has checked the rule (policy_check). */
 int keystore_rule_add(struct keystore *k, const struct agent_rule *r);
 /* Removes the rule with this text and effect; the others keep their order. -ENOENT. */

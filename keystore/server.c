@@ -782,6 +782,10 @@ static int on_rule_add(struct request *r)
         server_reply(r->c, r->id, rc, "the volume has this rule already");
         return 0;
     }
+    if (rc == -E2BIG) {
+        server_reply(r->c, r->id, rc, "a volume has at most %d rules: remove one", AGENT_RULES_MAX);
+        return 0;
+    }
     if (rc == 0)
         authorise_again(r->s, q->name);
     return done(r, rc);
@@ -1269,8 +1273,10 @@ int server_new(const struct server_config *config, struct server **ret)
     rc = s->seen ? attest_mounts_load(&s->mounts) : -EMFILE;
     if (rc < 0)
         log_err("/proc/self/mountinfo cannot be read: %s", strerror(-rc));
-    if (rc == 0 && (rc = audit_open(s->dir_fd, &s->audit)) < 0)
-        log_err("the audit log cannot be opened: %s", strerror(-rc));
+    if (rc == 0 && (rc = audit_open(s->dir_fd, &s->audit)) < 0) {
+        log_err("the audit log cannot be opened: %s", rc == -EBADMSG ? "it is damaged" : strerror(-rc));
+        rc = rc == -EBADMSG ? -EUCLEAN : rc; /* that is the keystore's */
+    }
     if (rc == 0 && (rc = keystore_open(s->dir_fd, &s->keystore)) < 0)
         log_err("the keystore cannot be opened: %s",
                 rc == -EBADMSG ? "its file is damaged: restore it from a backup" : strerror(-rc));

@@ -87,20 +87,22 @@ int cli_status(struct cli *c)
     if (rc == CLI_OK && !cli_print_json(c, a)) {
         char *slots = cli_text(a, "slots"), *volumes = cli_text(a, "volumes"), *mounted = cli_text(a, "mounted");
         char *driver = cli_text(a, "driver"), *sock = cli_text(a, "plugin_socket"), *version = cli_text(a, "version");
+        char *damaged = json_object_get(a, "damaged") ? cli_text(a, "damaged") : NULL;
 
-        if (cli_flag(a, "keystore_damaged"))
-            puts("keystore  damaged: restore its file from a backup");
+        if (damaged)
+            printf("keystore  %s\n", damaged);
         else if (!cli_flag(a, "agent"))
             puts("keystore  the key agent is down: cofferd starts it again, then run `coffer unlock`");
         else if (!cli_flag(a, "initialised"))
-            puts("keystore  none yet: run `coffer init`");
+            puts(strcmp(volumes, "0") ? "keystore  missing: restore its file from a backup"
+                                      : "keystore  none yet: run `coffer init`");
         else
             printf("keystore  %s, %s slots\n", cli_flag(a, "unlocked") ? "unlocked" : "locked: run `coffer unlock`",
                    slots);
         printf("volumes   %s, %s mounted\n", volumes, mounted);
         printf("driver    %s at %s\n", driver, sock);
         printf("version   %s\n", version);
-        free(slots), free(volumes), free(mounted), free(driver), free(sock), free(version);
+        free(slots), free(volumes), free(mounted), free(driver), free(sock), free(version), free(damaged);
     }
     json_decref(a);
     return rc;

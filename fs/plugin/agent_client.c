@@ -49,8 +49,10 @@ static int connect_patiently(void)
 
 static int no_answer(int rc, struct why *why)
 {
-    if (supervisor_keystore_damaged())
-        return why_set(why, -EHOSTDOWN, "the keystore file is damaged: restore it from a backup");
+    const char *damage = supervisor_damage();
+
+    if (damage)
+        return why_set(why, -EHOSTDOWN, "%s", damage);
     return why_set(why, -EHOSTDOWN, "coffer-keyd does not answer (%s): look at cofferd's log", strerror(-rc));
 }
 

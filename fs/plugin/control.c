@@ -120,11 +120,39 @@ static int take_kind(struct request *r, bool recovery, struct agent_slot *ret)
     return 0;
 }
 
+static size_t count_volumes(void)
+{
+    struct plugin_volume **all;
+    size_t n;
+
+    registry_all_ref(&all, &n);
+    for (size_t i = 0; i < n; i++)
+        registry_unref(all[i]);
+    free(all);
+    return n;
+}
+
+/* Where the agent has no keystore. rc, or -ENOKEY if volumes are listed: they had one. */
+static int keystore_missing(int rc, struct why *why)
+{
+    size_t n = count_volumes();
+
+    return n ? why_set(why, -ENOKEY,
+                       "the keystore file is missing, and with it the keys of %zu volume%s: restore it from a backup",
+                       n, n == 1 ? "" : "s")
+             : rc;
+}
+
 static int do_init(struct request *r)
 {
+    struct agent_status st;
     struct agent_slot slot;
     int rc = take_kind(r, false, &slot);
 
+    if (rc == 0)
+        rc = agent_status(&st, &r->why);
+    if (rc == 0 && !st.initialised)
+        rc = keystore_missing(0, &r->why);
     return rc < 0 ? rc
                   : agent_call(AGENT_INIT, &slot, sizeof(slot), r->fds, r->nfds, AGENT_REPLY, NULL, 0, AGENT_SLOW_MS,
                                &r->why);
@@ -138,6 +166,8 @@ static int do_unlock(struct request *r)
     if (rc == 0)
         rc = agent_call(AGENT_UNLOCK, &slot, sizeof(slot), r->fds, r->nfds, AGENT_REPLY, NULL, 0, AGENT_SLOW_MS,
                         &r->why);
+    if (rc == -ENOENT)
+        rc = keystore_missing(rc, &r->why);
     if (rc == 0) {
         volumes_reconcile();
         mounts_agent_up();
@@ -183,11 +213,11 @@ static int do_status(struct request *r)
         registry_unref(all[i]);
     }
     free(all);
-    r->out = json_pack("{s:b, s:b, s:b, s:I, s:I, s:I, s:s, s:s, s:b, s:s}", "keystore_damaged",
-                       (int)(!agent && supervisor_keystore_damaged()), "initialised", (int)st.initialised, "unlocked",
-                       (int)st.unlocked, "slots", (json_int_t)st.slots, "volumes", (json_int_t)n, "mounted",
-                       (json_int_t)mounted, "driver", plugin_config.driver, "plugin_socket",
-                       plugin_config.plugin_socket, "agent", (int)agent, "version", COFFERD_VERSION);
+    r->out =
+        json_pack("{s:s*, s:b, s:b, s:I, s:I, s:I, s:s, s:s, s:b, s:s}", "damaged", agent ? NULL : supervisor_damage(),
+                  "initialised", (int)st.initialised, "unlocked", (int)st.unlocked, "slots", (json_int_t)st.slots,
+                  "volumes", (json_int_t)n, "mounted", (json_int_t)mounted, "driver", plugin_config.driver,
+                  "plugin_socket", plugin_config.plugin_socket, "agent", (int)agent, "version", COFFERD_VERSION);
     return 0;
 }
 

@@ -40,7 +40,7 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static enum keyd_state state = KEYD_LOOKING;
 static bool stop_asked;
 static uint64_t generation;
-static bool damaged; /* the last one found the keystore file so */
+static int ended_with; /* the last one's exit status, 0: none has ended */
 static int broker_sock = -1;
 /* Of the thread only: */
 static struct process announced; /* whose generation it is */
@@ -130,7 +130,7 @@ static void reap_child(void)
         return;
     status = spawn_reap(child_pidfd);
     pthread_mutex_lock(&lock);
-    damaged = status == KEYD_EXIT_DAMAGED;
+    ended_with = status;
     pthread_mutex_unlock(&lock);
     if (stopping())
         log_info("coffer-keyd is stopped");
@@ -276,14 +276,17 @@ uint64_t supervisor_generation(void)
     return g;
 }
 
-bool supervisor_keystore_damaged(void)
+const char *supervisor_damage(void)
 {
-    bool is;
+    int status;
 
     pthread_mutex_lock(&lock);
-    is = damaged && state != KEYD_UP;
+    status = state == KEYD_UP ? 0 : ended_with;
     pthread_mutex_unlock(&lock);
-    return is;
+    return status == KEYD_EXIT_DAMAGED ? "the keystore file is damaged: restore it from a backup"
+           : status == KEYD_EXIT_AUDIT
+               ? "the audit log is damaged: move keystore/audit.log away and keep it; then it goes on"
+               : NULL;
 }
 
 bool supervisor_is_up(void)

@@ -11,8 +11,8 @@ int supervisor_start(void (*agent_up)(void));
 uint64_t supervisor_generation(void);
 /* True while a keyd answers. */
 bool supervisor_is_up(void);
-/* It does not come up, since the keystore file is damaged. */
-bool supervisor_keystore_damaged(void);
+/* What is damaged and to be done, for one line, where that keeps it from coming up; else NULL. */
+const char *supervisor_damage(void);
 /* Ends coffer-keyd for good: SIGTERM, and SIGKILL after 10 s. Returns when it is gone. */
 void supervisor_stop(void);
 

@@ -80,7 +80,9 @@ struct agent_index {
     uint32_t index;
 };
 
-#define KEYD_EXIT_DAMAGED 3 /* coffer-keyd's exit status: the keystore file is damaged; 1: something else */
+/* coffer-keyd's exit status: the keystore file is damaged; the audit log is; 1: something else. */
+#define KEYD_EXIT_DAMAGED 3
+#define KEYD_EXIT_AUDIT   4
 
 struct agent_status {
     uint8_t initialised, unlocked, reserved[2];

@@ -136,6 +136,11 @@ expect "" "$(readlink "$T/own/link")" "a strict volume's link, as others see it"
 expect "700 65534" "$(stat -c '%a %u' "$T/own")" "mode and owner of the root, as others see it"
 coffer umount "$T/own" >/dev/null && coffer volume rm own >/dev/null || fail "umount and rm own"
 
+coffer volume create ruled --size 64M >/dev/null
+for uid in $(seq 32); do coffer policy allow ruled "uid:$uid" >/dev/null || fail "rule $uid"; done
+one_line 1 'at most 32 rules' coffer policy allow ruled uid:33
+coffer volume rm ruled >/dev/null
+
 step "locking under a mount"
 echo "written before" >"$T/a/before"
 exec 8<"$T/a/before"
@@ -178,10 +183,10 @@ cp -p "$T/c/keystore/keystore" "$T/keystore.whole"
 truncate -s 10 "$T/c/keystore/keystore"
 cofferd_start
 for _ in $(seq 50); do
-    coffer status | grep -q '^keystore  damaged: restore' && break
+    coffer status | grep -q '^keystore  the keystore file is damaged: restore' && break
     sleep 0.1
 done
-coffer status | grep -q '^keystore  damaged: restore' || fail "status: $(coffer status)"
+coffer status | grep -q '^keystore  the keystore file is damaged: restore' || fail "status: $(coffer status)"
 one_line 1 'keystore file is damaged: restore' coffer unlock --key-file "$T/key"
 one_line 1 'keystore file is damaged: restore' coffer init --key-file "$T/key"
 cp -p "$T/keystore.whole" "$T/c/keystore/keystore"
@@ -191,6 +196,40 @@ for _ in $(seq 100); do
     sleep 0.1
 done
 coffer status | grep -q '^keystore  unlocked' || fail "status after the restore: $(coffer status)"
+
+step "a missing keystore is called so, where volumes had their keys in it"
+coffer down >/dev/null
+mv "$T/c/keystore/keystore" "$T/keystore.whole"
+cofferd_start
+coffer status | grep -q '^keystore  missing: restore' || fail "status: $(coffer status)"
+one_line 1 'keystore file is missing, .* restore it' coffer unlock --key-file "$T/key"
+one_line 1 'keystore file is missing, .* restore it' coffer init --key-file "$T/key"
+coffer down >/dev/null
+mv "$T/keystore.whole" "$T/c/keystore/keystore"
+
+step "a damaged audit log is called so, and nothing is released without one"
+for how in garbage binary directory symlink; do
+    mv "$T/c/keystore/audit.log" "$T/audit.whole"
+    case $how in
+    garbage) (cat "$T/audit.whole" && echo garbage) >"$T/c/keystore/audit.log" ;;
+    binary) (cat "$T/audit.whole" && head -c 70000 /dev/urandom) >"$T/c/keystore/audit.log" ;;
+    directory) mkdir "$T/c/keystore/audit.log" ;;
+    symlink) ln -s "$T/audit.whole" "$T/c/keystore/audit.log" ;;
+    esac
+    [ "$how" != binary ] && [ "$how" != garbage ] || chown --reference="$T/audit.whole" "$T/c/keystore/audit.log"
+    cofferd_start
+    called_so() { coffer status | grep '^keystore  the audit log is damaged: move keystore/audit.log away'; }
+    wait_for 5 called_so
+    one_line 1 'the audit log is damaged: move' coffer unlock --key-file "$T/key"
+    rm -rf "$T/c/keystore/audit.log"
+    mv "$T/audit.whole" "$T/c/keystore/audit.log"
+    unlocks() { coffer unlock --key-file "$T/key"; }
+    wait_for 10 unlocks
+    coffer down >/dev/null
+done
+cofferd_start
+coffer unlock --key-file "$T/key" >/dev/null
+coffer audit verify >/dev/null || fail "the audit log"
 
 step "a mount that cannot be written down is not given"
 coffer volume create unwritten --size 64M --allow uid:0 >/dev/null

@@ -811,7 +811,7 @@ static void test_rules(void **state)
         assert_int_equal(rule_add(k, "a", text, i % 2), 0);
         assert_int_equal(rule_add(k, "a", text, i % 2), -EEXIST);
     }
-    assert_int_equal(rule_add(k, "a", "one more", false), -ENOSPC);
+    assert_int_equal(rule_add(k, "a", "one more", false), -E2BIG);
     assert_int_equal(rule_add(k, "b", "one more", false), 0);
     want = dump(k);
     k = reopened(k);
