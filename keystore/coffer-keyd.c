@@ -100,6 +100,21 @@ static int cage(void)
     return rc;
 }
 
+/* Two at one keystore would each write over what the other has written. The descriptor stays open. */
+static int be_alone(void)
+{
+    struct flock fl = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = openat(FD_KEYSTORE, KEYD_LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
+    int rc = fd < 0 || fcntl(fd, F_SETLK, &fl) < 0 ? -errno : 0;
+
+    if (rc == -EAGAIN || rc == -EACCES)
+        log_err("another coffer-keyd works with this keystore (pid %d): end it",
+                fcntl(fd, F_GETLK, &fl) == 0 ? (int)fl.l_pid : 0);
+    else if (rc < 0)
+        log_err("the keystore's file \"%s\" cannot be locked: %s", KEYD_LOCK_FILE, strerror(-rc));
+    return rc;
+}
+
 static int run(const char *driver)
 {
     struct server_config config = {.listen_fd = FD_LISTEN, .dir_fd = FD_KEYSTORE, .helper_fd = -1, .driver = driver};
@@ -113,6 +128,9 @@ static int run(const char *driver)
     }
     raise_nofile();
     umask(077);
+    rc = be_alone();
+    if (rc < 0)
+        return rc;
     rc = facts_start(&config.helper_fd, &helper);
     if (rc == 0)
         rc = config.signal_fd = signals();

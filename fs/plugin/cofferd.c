@@ -290,8 +290,10 @@ static int start(struct why *why)
         char text[AGENT_TEXT_MAX];
 
         memcpy(text, why->text, sizeof(text));
-        return why_set(why, rc, "%s/cofferd.json: %.400s: mend it or move it away (unlock finds the volumes again)",
-                       plugin_config.state_dir, text);
+        return why_set(
+            why, rc,
+            "%s/cofferd.json: %.400s: mend it, or unmount all volumes and move it away (unlock finds them again)",
+            plugin_config.state_dir, text);
     }
     mounts_adopt();
     rc = supervisor_start(agent_up);

@@ -181,9 +181,12 @@ static int lock_backing(struct plugin_volume *v, int log, struct why *why)
 {
     int rc = v->snapshot ? 0 : lock_log(log);
 
-    return rc < 0
-               ? why_set(why, rc, "volume %s is still being flushed by its last server: try again in a moment", v->name)
-               : 0;
+    return rc < 0 ? why_set(why, rc,
+                            "volume %s is still being flushed by its last server: try again in a moment; if it is "
+                            "mounted where "
+                            "cofferd does not know of, umount it there",
+                            v->name)
+                  : 0;
 }
 
 static int open_files(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)
@@ -1315,6 +1318,9 @@ int mounts_restart_server(struct plugin_volume *v, struct mounts_restarted *ret,
     if (rc < 0)
         goto out;
     rc = may_restart(v, why);
+    if (rc == 0 && (rc = registry_save()) < 0) /* a cofferd that follows would not find the new one */
+        why_set(why, rc, "%s/cofferd.json cannot be written: %s: nothing is changed", plugin_config.state_dir,
+                strerror(-rc));
     if (rc == 0) {
         old = fsproc_ref(v->fs);
         state = v->mount;

@@ -18,9 +18,11 @@
 #define STATE_VERSION 1
 #define STATE_MAX     (64u << 20)
 #define HOLDERS_MAX   100000
+#define SAVE_AGAIN_MS 1000
 
 pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t save_lock = PTHREAD_MUTEX_INITIALIZER;
+static bool saves_again;              /* a thread tries until it is written (save_lock) */
 static struct plugin_volume *volumes; /* in order of name */
 static struct process keyd;
 
@@ -416,18 +418,44 @@ char *registry_dump(void)
     return text;
 }
 
+/* [save_lock] */
+static int save(void)
+{
+    char *text = registry_dump();
+    int rc = file_replace(plugin_config.state_fd, STATE_FILE, text, strlen(text), 0600);
+
+    free(text);
+    return rc;
+}
+
+/* A cofferd that follows must find what is now, not what was when there was room. */
+static void *save_again(void *arg)
+{
+    int rc;
+
+    (void)arg;
+    do {
+        sleep_ms(SAVE_AGAIN_MS);
+        pthread_mutex_lock(&save_lock);
+        rc = save();
+        saves_again = rc < 0;
+        pthread_mutex_unlock(&save_lock);
+    } while (rc < 0);
+    log_info("%s/%s is written again", plugin_config.state_dir, STATE_FILE);
+    return NULL;
+}
+
 int registry_save(void)
 {
-    char *text;
     int rc;
 
     pthread_mutex_lock(&save_lock);
-    text = registry_dump();
-    rc = file_replace(plugin_config.state_fd, STATE_FILE, text, strlen(text), 0600);
-    pthread_mutex_unlock(&save_lock);
-    free(text);
+    rc = save();
     if (rc < 0)
         log_err("cannot write %s/%s: %s", plugin_config.state_dir, STATE_FILE, strerror(-rc));
+    if (rc < 0 && !saves_again)
+        saves_again = thread_start(save_again, NULL) == 0;
+    pthread_mutex_unlock(&save_lock);
     return rc;
 }
 

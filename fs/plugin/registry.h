@@ -123,7 +123,7 @@ bool volume_spec_equal(const struct volume_spec *a, const struct volume_spec *b)
 
 /* --- the state file --- */
 
-/* Writes it. 0 or -errno (logged). */
+/* Writes it. 0 or -errno (logged): then it is tried again until it is written. */
 int registry_save(void);
 /* Reads it into the empty table; a missing file is an empty table. Another boot's holders and servers are dropped.
  * -EINVAL for a file that is not understood, with the reason. */

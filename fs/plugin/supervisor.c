@@ -22,6 +22,7 @@
 #include "spawn.h"
 #include "fs/base/msg.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -192,10 +193,25 @@ static void *announce(void *arg)
     return NULL;
 }
 
+/* The keyd that answers but is not the one that is known: the state file was lost. */
+static struct process find_keyd(void)
+{
+    struct flock fl = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct process found = {0};
+    int fd = openat(plugin_config.keystore_fd, KEYD_LOCK_FILE, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+
+    if (fd >= 0 && fcntl(fd, F_GETLK, &fl) == 0 && fl.l_type != F_UNLCK && process_identify(fl.l_pid, &found) == 0)
+        registry_set_keyd(&found);
+    close_quiet(fd);
+    return found;
+}
+
 static void act_announce(void)
 {
     struct process now = registry_get_keyd();
 
+    if (!now.pid || !process_alive(&now))
+        now = find_keyd();
     /* The same process (only its broker connection had ended) keeps its channels. */
     if (announced.pid && process_same(&announced, &now))
         return;

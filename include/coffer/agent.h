@@ -84,6 +84,10 @@ struct agent_index {
 #define KEYD_EXIT_DAMAGED 3
 #define KEYD_EXIT_AUDIT   4
 
+/* In the keystore's directory: coffer-keyd holds a POSIX lock of it as long as it lives, so that it is alone and F_GETLK tells
+ * who it is. */
+#define KEYD_LOCK_FILE "lock"
+
 struct agent_status {
     uint8_t initialised, unlocked, reserved[2];
     uint32_t slots, volumes, channels, grants;

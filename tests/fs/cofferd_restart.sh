@@ -52,6 +52,27 @@ coffer volume resize t 768M >/dev/null || fail "resize"
 coffer volume restart-server t >/dev/null || fail "restart-server"
 expect "$dev" "$(stat -c %d "$T/m")" "the mount is another one"
 
+step "the state file cannot be written for a while, a server follows, cofferd is killed"
+exec 9<>"$T/m/counter/counter"
+mv "$T/c/cofferd.json" "$T/cofferd.json"
+mkdir -p "$T/c/cofferd.json/in the way"
+one_line 1 'cannot be written: .*: nothing is changed' coffer volume restart-server t
+pid=$(server_pid t)
+kill -9 "$pid"
+wait_for 20 next
+head -c 20 <&9 >/dev/null || fail "what was open is lost"
+rmdir "$T/c/cofferd.json/in the way" "$T/c/cofferd.json"
+written() { [ -s "$T/c/cofferd.json" ]; }
+wait_for 5 written
+pid=$(server_pid t)
+cofferd_end KILL
+cofferd_start
+coffer volume check t >"$T/out" || fail "check: $(head -n 5 "$T/out")"
+expect "$pid" "$(server_pid t)" "the server"
+expect "$dev" "$(stat -c %d "$T/m")" "the mount is another one"
+head -c 1 <&9 >/dev/null || fail "what was open is lost"
+exec 9>&-
+
 step "both are killed: an error, then a new mount"
 sync -f "$T/m"
 exec 9>"$T/m/held" && echo x >&9
@@ -73,3 +94,15 @@ expect 1 "$(awk -v m="$T/m" '$5 == m' /proc/self/mountinfo | wc -l)" "mounts at 
 expect 1 "$(awk -v m="$T/c/run/mnt/t" '$5 == m' /proc/self/mountinfo | wc -l)" "mounts at the mountpoint"
 coffer umount "$T/m" >/dev/null || fail "umount"
 coffer volume check t --data >"$T/out" || fail "check at the end: $(head -n 5 "$T/out")"
+
+step "the state file is lost: the agent is found, goes on, and is ended by down"
+keyd() { for p in $(pgrep -x coffer-keyd); do [ -n "$(find "/proc/$p/fd" -lname "$T/*" 2>/dev/null)" ] && echo "$p"; done; }
+cofferd_end KILL
+mv "$T/c/cofferd.json" "$T/cofferd.json"
+pid=$(keyd)
+[ -n "$pid" ] || fail "no agent"
+cofferd_start
+coffer status | grep -q '^keystore  unlocked' || fail "status: $(coffer status)"
+expect "$pid" "$(keyd)" "the agent"
+coffer down >/dev/null || fail "down"
+wait_for 5 gone "$pid"
