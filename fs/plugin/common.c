@@ -179,13 +179,13 @@ int json_parse(const char *buf, size_t n, json_t **ret_object, struct why *why)
     json_t *v = NULL;
 
     if (!depth_ok(buf, n))
-        return why_set(why, -EINVAL, "the request nests too deeply");
+        return why_set(why, -EINVAL, "it nests too deeply");
     v = json_loadb(buf, n, JSON_REJECT_DUPLICATES, &error);
     if (!v)
-        return why_set(why, -EINVAL, "the request is not valid JSON: %s", error.text);
+        return why_set(why, -EINVAL, "it is not valid JSON: %s", error.text);
     if (!json_is_object(v)) {
         json_decref(v);
-        return why_set(why, -EINVAL, "the request is not a JSON object");
+        return why_set(why, -EINVAL, "it is not a JSON object");
     }
     *ret_object = v;
     return 0;

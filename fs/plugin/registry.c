@@ -668,7 +668,8 @@ int registry_parse(const char *text, size_t n, struct why *why)
     list = json_object_get(top, "volumes");
     snapshots = json_object_get(top, "snapshots"); /* absent: an older cofferd's file */
     boot = json_string_value(json_object_get(top, "boot"));
-    if (!get_u32(top, "version", &version) || version != STATE_VERSION || !json_is_array(list) || !boot) {
+    if (!get_u32(top, "version", &version) || version != STATE_VERSION || !json_is_array(list) || !boot ||
+        (snapshots && !json_is_array(snapshots))) {
         json_decref(top);
         return why_set(why, -EINVAL, "it is not a state file of this version");
     }

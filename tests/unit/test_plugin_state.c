@@ -247,6 +247,7 @@ static void test_hostile_files(void **state)
         "{\"version\":1,\"version\":1,\"boot\":\"x\",\"volumes\":[]}",
         "{\"version\":1,\"boot\":\"x\",\"volumes\":[{}]}",
         "{\"version\":1,\"boot\":\"x\",\"volumes\":[1]}",
+        "{\"version\":1,\"boot\":\"x\",\"volumes\":[],\"snapshots\":{}}",
         "{\"version\":1,\"boot\":\"x\",\"volumes\":[{\"name\":\"../x\",\"id\":\"00\",\"rules\":[]}]}",
     };
     struct plugin_volume *v = add("a");
