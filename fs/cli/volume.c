@@ -528,7 +528,7 @@ int cli_why(struct cli *c)
     if (rc == CLI_OK && !cli_print_json(c, answer)) {
         char *reason = cli_text(answer, "reason");
 
-        printf("%s: %s\n", cli_flag(answer, "allowed") ? "allowed" : "refused", reason);
+        puts(reason); /* begins with that */
         free(reason);
     }
     json_decref(answer);

@@ -135,7 +135,7 @@ void op_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *st, int to_set, str
         if (rc == 0)
             rc = vol_setattr(v, ino, set, &in, &attr);
         if (rc == 0 && (set & VOL_SET_MTIME))
-            inodes_times_due(ino, false);
+            inodes_set_due(ino, 0);
         adapter_leave(&a);
     }
     if (rc < 0) {

@@ -136,9 +136,10 @@ void op_write(fuse_req_t req, fuse_ino_t ino, const char *buf, size_t size, off_
         if (loop_request()->kill_suidgid)
             n = adapter_kill_suidgid(v, ino);
         /* Under writeback the kernel keeps a file's times and sends them: with its data, before or after. */
+        if (n == 0 && adapter_caps.writeback)
+            inodes_set_due(ino, now_ns());
         if (n == 0)
-            n = (adapter_caps.writeback && inodes_times_due(ino, true) ? vol_write_back
-                                                                       : vol_write)(v, ino, (uint64_t)off, buf, size);
+            n = (adapter_caps.writeback ? vol_write_back : vol_write)(v, ino, (uint64_t)off, buf, size);
         life_leave();
     }
     if (n < 0)

@@ -24,7 +24,7 @@ struct slot {
     uint32_t writers; /* handles that may write */
     uint32_t handles;
     uint32_t place; /* in the page, plus 1; 0: not there */
-    bool times_due; /* written, and the times of that are still to come */
+    int64_t due;    /* when it was written last, if the times of that may be still to come; else 0 */
     bool opened;    /* the kernel may have content of it */
     bool before;    /* so a server of before has left it: with references that are not counted here */
 };
@@ -234,24 +234,42 @@ void inodes_closed(uint64_t ino, bool write)
     if (s && s->handles) {
         s->handles--;
         s->writers -= write && s->writers;
-        s->times_due &= s->writers > 0; /* before it lets go of the last, the kernel has sent them */
+        if (!s->writers)
+            s->due = 0; /* before it lets go of the last, the kernel has sent them */
         slot_drop_unused(s, false);
     }
     pthread_mutex_unlock(&inodes_lock);
 }
 
-bool inodes_times_due(uint64_t ino, bool due)
+void inodes_set_due(uint64_t ino, int64_t ns)
 {
     struct slot *s;
-    bool known;
 
     pthread_mutex_lock(&inodes_lock);
     s = slot_find(ino);
-    known = s && s->writers;
-    if (known)
-        s->times_due = due;
+    if (s)
+        s->due = ns;
     pthread_mutex_unlock(&inodes_lock);
-    return known;
+}
+
+size_t inodes_take_due(struct inode_due **ret)
+{
+    struct inode_due *due;
+    size_t n = 0;
+
+    pthread_mutex_lock(&inodes_lock);
+    due = xcalloc(nlive + 1, sizeof(*due));
+    for (size_t i = 0; i < nslots; i++) {
+        struct slot *s = &slots[i];
+
+        if (s->ino == 0 || s->ino == INO_GONE || !s->due)
+            continue;
+        due[n++] = (struct inode_due){s->ino, s->due};
+        s->due = 0;
+    }
+    pthread_mutex_unlock(&inodes_lock);
+    *ret = due;
+    return n;
 }
 
 bool inodes_written(uint64_t ino)
@@ -279,7 +297,7 @@ size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_r
         const struct slot *s = &slots[i];
 
         if (s->ino == 0 || s->ino == INO_GONE || (which == INODES_WRITTEN && !s->writers) ||
-            (which == INODES_TIMES_DUE && !s->times_due) || (which == INODES_OPENED && !s->opened))
+            (which == INODES_OPENED && !s->opened))
             continue;
         if (refs)
             refs[n] = s->refs;

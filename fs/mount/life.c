@@ -410,19 +410,22 @@ static void invalidate_inodes(struct fuse_session *se, enum inodes_which which)
     free(ino);
 }
 
-/* The kernel has written its data, but its times would come too late. */
+/* The kernel has written its data, but its times would come too late. Where they have come before the data, a file's time
+ * gets as late as that. */
 static void set_times_due(void)
 {
-    struct vattr now = {.mtime = now_ns()}, attr;
+    struct inode_due *due;
     struct volume *v;
-    uint64_t *ino;
-    size_t n = inodes_list(INODES_TIMES_DUE, &ino, NULL);
+    size_t n = inodes_take_due(&due);
 
     life_enter_any(&v);
-    for (size_t i = 0; v && i < n; i++)
-        (void)vol_setattr(v, ino[i], VOL_SET_MTIME, &now, &attr);
+    for (size_t i = 0; v && i < n; i++) {
+        struct vattr attr;
+
+        (void)vol_setattr(v, due[i].ino, VOL_SET_MTIME, &(struct vattr){.mtime = due[i].ns}, &attr);
+    }
     life_leave();
-    free(ino);
+    free(due);
 }
 
 /* A server that has taken over may not know what the kernel has of before. */

@@ -212,13 +212,18 @@ void inodes_opened(uint64_t ino, bool write);
 void inodes_closed(uint64_t ino, bool write);
 /* Content of it goes to the kernel without a handle (a symbolic link's). */
 void inodes_cached(uint64_t ino);
-/* The kernel has written content and will send the times that belong to it; or (due false) has sent them. False: it has no
- * handle that is known here, so nobody would remember. */
-bool inodes_times_due(uint64_t ino, bool due);
+/* The kernel has written content at ns, and may still have to send the times that belong to it; ns 0: it has sent them. */
+void inodes_set_due(uint64_t ino, int64_t ns);
+struct inode_due {
+    uint64_t ino;
+    int64_t ns;
+};
+/* All that are due (free it), which are not any more then. */
+size_t inodes_take_due(struct inode_due **ret);
 /* Is there a handle that may write? */
 bool inodes_written(uint64_t ino);
-enum inodes_which { INODES_WRITTEN, INODES_TIMES_DUE, INODES_OPENED, INODES_ALL };
-/* A list of inodes (free it): open for writing, with times to come, ever opened, all. *ret_refs (or NULL) gets their references. */
+enum inodes_which { INODES_WRITTEN, INODES_OPENED, INODES_ALL };
+/* A list of inodes (free it): open for writing, ever opened, all. *ret_refs (or NULL) gets their references. */
 size_t inodes_list(enum inodes_which which, uint64_t **ret_ino, uint64_t **ret_refs);
 
 /* --- page.c --- */

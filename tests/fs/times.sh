@@ -6,30 +6,36 @@ fixture none
 mkdir "$T/m"
 coffer volume create v --size 256M --profile general --allow uid:0 >/dev/null || fail "volume create"
 coffer mount v "$T/m" >/dev/null || fail "mount"
-times() { stat -c '%n %s %y' "$T"/m/[fo]*; }
+times() { stat -c '%n %s %y' "$T"/m/[fgo]*; }
 forget() { sync -f "$T/m" && echo 3 >/proc/sys/vm/drop_caches; }
 # same WHAT: the times are those of $T/times
 same() { times | diff "$T/times" - >"$T/diff" || fail "$1: $(grep -c '^>' "$T/diff") files have other times: $(head -n 4 "$T/diff")"; }
 
-step "written again within the clock's tick, after the kernel has sent the time"
-python3 - "$T/m" <<'P'
+# twice NAME [PID]: files written again within the clock's tick, after the kernel has sent the time; then PID is killed.
+twice() {
+    python3 - "$T/m/$1" "${2:-0}" <<'P'
 import os, sys, time
-fds = [os.open(f"{sys.argv[1]}/f{i}", os.O_CREAT | os.O_RDWR, 0o644) for i in range(100)]
+fds = [os.open(f"{sys.argv[1]}{i}", os.O_CREAT | os.O_RDWR, 0o644) for i in range(100)]
 for i, fd in enumerate(fds):
     size = 100 if i % 2 else 70000  # in the inode's item, in blocks
     os.pwrite(fd, b"a" * size, 0)
     os.fsync(fd)
     os.pwrite(fd, b"b" * size, 0)
 time.sleep(0.05)
+if int(sys.argv[2]):
+    os.kill(int(sys.argv[2]), 9)
 for fd in fds:
     os.fsync(fd)
 P
-times >"$T/times"
-forget
+    times >"$T/times"
+    forget
+}
+step "written back after the time was sent"
+twice f
 same "written back"
-kill -9 "$(server_pid v)"
-forget
-same "after a takeover"
+step "the same by a server that has taken over"
+twice g "$(server_pid v)"
+same "written back after a takeover"
 
 step "set by hand, with written data in the cache"
 python3 - "$T/m/old" <<'P'
