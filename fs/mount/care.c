@@ -183,18 +183,14 @@ static int task_begin(struct run *r)
 /* busy: its own flag. */
 static void task_end(bool *busy)
 {
-    bool last;
-
     pthread_mutex_lock(&care_lock);
-    last = opened && task_busy + scrubbing == 1;
-    if (!last)
-        *busy = false;
-    pthread_mutex_unlock(&care_lock);
-    if (!last)
-        return;
-    server_close_unused();
-    pthread_mutex_lock(&care_lock);
-    *busy = opened = false;
+    while (opened && task_busy + scrubbing == 1) { /* again, if another has come and gone meanwhile */
+        opened = false;
+        pthread_mutex_unlock(&care_lock);
+        server_close_unused();
+        pthread_mutex_lock(&care_lock);
+    }
+    *busy = false;
     pthread_mutex_unlock(&care_lock);
 }
 
@@ -207,13 +203,14 @@ static void sleep_ns(int64_t ns)
     nanosleep(&t, NULL);
 }
 
-/* Waits while the volume is locked. */
+/* Waits while the volume is locked; but where nobody else may ever open it, it ends. */
 static void *scrub_thread(void *arg)
 {
     struct run *r = arg;
     uint64_t rate = r->task.value, step = MAX(rate * SCRUB_STEP_MS / 1000, 1);
     struct volume_scrub at = {0};
     char text[128];
+    bool own = r->agent >= 0;
     int more = 1, rc = task_begin(r);
 
     control_send(SERVER_REPLY, r->id, rc, "");
@@ -222,22 +219,25 @@ static void *scrub_thread(void *arg)
         task_end(&scrubbing);
         return NULL;
     }
-    while (more) {
+    while (more > 0) {
         int64_t began = mono_ns(), take;
         struct volume *v;
 
         life_enter_any(&v);
         if (v)
             more = volume_scrub_step(v, &at, step);
+        else if (own)
+            more = -ECANCELED;
         life_leave();
         pthread_mutex_lock(&care_lock);
         scrub_at = at;
         pthread_mutex_unlock(&care_lock);
         take = mono_ns() - began;
-        if (more && take < (int64_t)SCRUB_STEP_MS * 1000000)
+        if (more > 0 && take < (int64_t)SCRUB_STEP_MS * 1000000)
             sleep_ns((int64_t)SCRUB_STEP_MS * 1000000 - take);
     }
-    snprintf(text, sizeof(text), "scrub ended: %llu bytes read, %u findings", (unsigned long long)at.done, at.findings);
+    snprintf(text, sizeof(text), "scrub %s: %llu bytes read, %u findings",
+             more < 0 ? "broken off, since the volume was locked" : "ended", (unsigned long long)at.done, at.findings);
     control_send(SERVER_NOTE, 0, 0, text);
     task_end(&scrubbing);
     return NULL;

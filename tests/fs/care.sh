@@ -187,6 +187,13 @@ for _ in $(seq 20); do
 done
 touch "$T/enough"
 wait
+coffer volume scrub care-x --rate 64K >/dev/null || fail "scrub"
+coffer lock >/dev/null || fail "lock"
+coffer unlock --key-file "$T/key" >/dev/null || fail "unlock"
+broken_off() { coffer audit | grep 'scrub broken off'; }
+wait_for 10 broken_off # nobody might ever open it again for it
+coffer volume scrub care-x >/dev/null || fail "scrub again"
+wait_for 10 shut
 coffer volume check care-x --data | grep -qx 'care-x: clean' || fail "check at the end"
 coffer umount "$T/m" >/dev/null
 
