@@ -107,7 +107,7 @@ static int be_alone(void)
     int fd = openat(FD_KEYSTORE, KEYD_LOCK_FILE, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
     int rc = fd < 0 || fcntl(fd, F_SETLK, &fl) < 0 ? -errno : 0;
 
-    if (rc == -EAGAIN || rc == -EACCES)
+    if (fd >= 0 && (rc == -EAGAIN || rc == -EACCES))
         log_err("another coffer-keyd works with this keystore (pid %d): end it",
                 fcntl(fd, F_GETLK, &fl) == 0 ? (int)fl.l_pid : 0);
     else if (rc < 0)
