@@ -365,14 +365,28 @@ static int done(struct request *r, int err)
     return 0;
 }
 
+/* A keystore that was not there may have been put back. */
+static void look_again(struct server *s)
+{
+    struct keystore *k;
+
+    if (keystore_initialised(s->keystore) || keystore_open(s->dir_fd, &k) < 0)
+        return;
+    keystore_close(s->keystore);
+    s->keystore = k;
+}
+
 static int on_status(struct request *r)
 {
-    struct agent_status st = {.initialised = keystore_initialised(r->s->keystore),
-                              .unlocked = keystore_unlocked(r->s->keystore),
-                              .slots = keystore_slots(r->s->keystore),
-                              .volumes = keystore_volumes(r->s->keystore),
-                              .channels = conns_count(r->s, CONN_VOLUME),
-                              .grants = grants_count(r->s->grants, NULL)};
+    struct agent_status st;
+
+    look_again(r->s);
+    st = (struct agent_status){.initialised = keystore_initialised(r->s->keystore),
+                               .unlocked = keystore_unlocked(r->s->keystore),
+                               .slots = keystore_slots(r->s->keystore),
+                               .volumes = keystore_volumes(r->s->keystore),
+                               .channels = conns_count(r->s, CONN_VOLUME),
+                               .grants = grants_count(r->s->grants, NULL)};
 
     snprintf(st.driver, sizeof(st.driver), "%s", r->s->driver);
     server_send(r->c, AGENT_STATUS, r->id, &st, sizeof(st), NULL, 0);
@@ -427,6 +441,7 @@ static int secret_begin(struct request *r, uint16_t type)
 
 static int on_init(struct request *r)
 {
+    look_again(r->s);
     if (keystore_initialised(r->s->keystore)) {
         server_reply(r->c, r->id, -EEXIST, "there is a keystore already");
         return 0;
@@ -436,6 +451,7 @@ static int on_init(struct request *r)
 
 static int on_unlock(struct request *r)
 {
+    look_again(r->s);
     if (!keystore_initialised(r->s->keystore)) {
         server_reply(r->c, r->id, -ENOENT, "there is no keystore yet: coffer init");
         return 0;

@@ -64,9 +64,9 @@ static void send_line(void *ctx, const char *text)
 
 static bool client_gone(void *ctx)
 {
-    struct pollfd p = {.fd = ((struct request *)ctx)->sock, .events = POLLRDHUP};
+    struct pollfd p = {.fd = ((struct request *)ctx)->sock};
 
-    return poll(&p, 1, 0) > 0;
+    return poll(&p, 1, 0) > 0 && p.revents & (POLLHUP | POLLERR);
 }
 
 #define MEMBERS(r, list) json_members((r)->in, list, ARRAY_LEN(list), &(r)->why)

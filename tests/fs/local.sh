@@ -204,8 +204,9 @@ cofferd_start
 coffer status | grep -q '^keystore  missing: restore' || fail "status: $(coffer status)"
 one_line 1 'keystore file is missing, .* restore it' coffer unlock --key-file "$T/key"
 one_line 1 'keystore file is missing, .* restore it' coffer init --key-file "$T/key"
-coffer down >/dev/null
 mv "$T/keystore.whole" "$T/c/keystore/keystore"
+coffer unlock --key-file "$T/key" >/dev/null || fail "unlock when it is back"
+coffer down >/dev/null
 
 step "a damaged audit log is called so, and nothing is released without one"
 for how in garbage binary directory symlink; do
