@@ -343,7 +343,7 @@ static int ask_and_wait(fuse_req_t req, struct waiter *w, const struct agent_aut
             return w->err;
         if (mono_ns() > end)
             return -EACCES;
-        if (req && mount_interrupted(req, since))
+        if (mount_interrupted(req, since))
             return -EINTR;
     }
 }

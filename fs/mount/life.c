@@ -121,7 +121,7 @@ static int wait_settled(fuse_req_t req, int64_t end, bool *ret_open)
     while (rc == 0 && (state == OPENING || state == CLOSING)) {
         if (mono_ns() > end)
             rc = -EACCES;
-        else if (req && mount_interrupted(req, since))
+        else if (mount_interrupted(req, since))
             rc = -EINTR;
         else
             wait_slice();

@@ -101,11 +101,12 @@ void auth_found(const struct agent_renew *q, bool found);
 
 /*
  * Shall the request, which waits since `since` (mono_ns) for the agent or for the volume, end with -EINTR? A program with
- * a timer does not expect that of mkdir(2), so not while the wait is a short one.
+ * a timer does not expect that of mkdir(2), so not while the wait is a short one. req NULL: what waits is
+ * no request.
  */
 static inline bool mount_interrupted(fuse_req_t req, int64_t since)
 {
-    return mono_ns() - since > MOUNT_PATIENCE && fuse_req_interrupted(req);
+    return req && mono_ns() - since > MOUNT_PATIENCE && fuse_req_interrupted(req);
 }
 
 /* What comes with a key. */

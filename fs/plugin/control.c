@@ -120,14 +120,17 @@ static int take_kind(struct request *r, bool recovery, struct agent_slot *ret)
     return 0;
 }
 
-static size_t count_volumes(void)
+static size_t count_volumes(size_t *ret_mounted)
 {
     struct plugin_volume **all;
     size_t n;
 
+    *ret_mounted = 0;
     registry_all_ref(&all, &n);
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
+        *ret_mounted += mounts_busy(all[i]);
         registry_unref(all[i]);
+    }
     free(all);
     return n;
 }
@@ -135,7 +138,7 @@ static size_t count_volumes(void)
 /* Where the agent has no keystore. rc, or -ENOKEY if volumes are listed: they had one. */
 static int keystore_missing(int rc, struct why *why)
 {
-    size_t n = count_volumes();
+    size_t mounted, n = count_volumes(&mounted);
 
     return n ? why_set(why, -ENOKEY,
                        "the keystore file is missing, and with it the keys of %zu volume%s: restore it from a backup",
@@ -196,8 +199,7 @@ static bool agent_listens(void)
 static int do_status(struct request *r)
 {
     struct agent_status st = {0};
-    struct plugin_volume **all;
-    size_t n, mounted = 0;
+    size_t n, mounted;
     struct why ignored;
     bool agent;
     int rc = no_members(r);
@@ -207,12 +209,7 @@ static int do_status(struct request *r)
     /* Bounded: `coffer up` waits for this answer, not for coffer-keyd. */
     agent = (supervisor_is_up() || agent_listens()) &&
             agent_call(AGENT_STATUS, NULL, 0, NULL, 0, AGENT_STATUS, &st, sizeof(st), STATUS_MS, &ignored) == 0;
-    registry_all_ref(&all, &n);
-    for (size_t i = 0; i < n; i++) {
-        mounted += mounts_busy(all[i]);
-        registry_unref(all[i]);
-    }
-    free(all);
+    n = count_volumes(&mounted);
     r->out =
         json_pack("{s:s*, s:b, s:b, s:I, s:I, s:I, s:s, s:s, s:b, s:s}", "damaged", agent ? NULL : supervisor_damage(),
                   "initialised", (int)st.initialised, "unlocked", (int)st.unlocked, "slots", (json_int_t)st.slots,

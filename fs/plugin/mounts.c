@@ -181,12 +181,12 @@ static int lock_backing(struct plugin_volume *v, int log, struct why *why)
 {
     int rc = v->snapshot ? 0 : lock_log(log);
 
-    return rc < 0 ? why_set(why, rc,
-                            "volume %s is still being flushed by its last server: try again in a moment; if it is "
-                            "mounted where "
-                            "cofferd does not know of, umount it there",
-                            v->name)
-                  : 0;
+    if (rc < 0)
+        why_set(why, rc,
+                "volume %s is still being flushed by its last server: try again in a moment; if it is mounted where "
+                "cofferd does not know of, umount it there",
+                v->name);
+    return rc;
 }
 
 static int open_files(struct plugin_volume *v, int *ret_data, int *ret_log, struct why *why)

@@ -112,9 +112,9 @@ enum server_task_kind {
 
 struct server_task {
     uint32_t kind; /* enum server_task_kind */
-    uint32_t
-        agent; /* 1: one more descriptor comes last, a channel to the agent of purpose CHECK, to open the volume with;
-                       0: -ENOKEY where it is not open */
+    /* 1: one more descriptor comes last, a channel to the agent of purpose CHECK, to open the volume with. 0: -ENOKEY where it
+     * is not open. */
+    uint32_t agent;
     uint64_t value;
     char name[72], since[72]; /* of snapshots, then NULs; else NULs */
 };
